@@ -1,0 +1,5 @@
+"""Layers, small reference backbones and training-time wrappers that several systems share."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
