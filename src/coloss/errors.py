@@ -64,7 +64,7 @@ def suggest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """
     import difflib
 
-    plain = {}
+    plain: dict[str, str] = {}
     for candidate in known:
         plain.setdefault(candidate.lower().replace("_", "-"), candidate)
     close = difflib.get_close_matches(name.lower().replace("_", "-"), plain, n=count, cutoff=0.6)

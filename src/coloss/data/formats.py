@@ -1,0 +1,141 @@
+"""Reads data files of each format; a broken file gives one line that names it."""
+
+import gzip
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from coloss.errors import DataNotFoundError, InputError
+
+# What the readers raise on a file that was cut off, changed or is of another format (pyarrow's errors are ValueError and OSError).
+_BROKEN = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    zlib.error,
+    zipfile.BadZipFile,
+    MemoryError,
+    NotImplementedError,
+)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray]:
+    """Arrays of an `.npz` file by name.
+
+    Raises:
+        DataNotFoundError: if there is no such file.
+        InputError: if it is broken, or holds pickled objects, which are never read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "points.npz"
+        >>> np.savez(path, x=np.zeros(3))
+        >>> read_arrays(path)["x"].shape
+        (3,)
+    """
+    _check_file(path)
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no zip archive")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except _BROKEN as error:
+        if "allow_pickle" in str(error):
+            raise InputError(
+                f"{path} holds Python objects, which are not read: store numbers or fixed-length strings"
+            ) from error
+        raise _broken(path, "npz", error) from error
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Table of a `.parquet`, `.csv` or `.tsv` file (the last two possibly with `.gz`).
+
+    Raises:
+        DataNotFoundError: if there is no such file.
+        InputError: if it is broken or empty.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "people.csv"
+        >>> path.write_text("age,target\\n31,yes\\n")
+        18
+        >>> read_table(path).columns.tolist()
+        ['age', 'target']
+    """
+    _check_file(path)
+    suffix = next((suffix for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "").lower()
+    try:
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+        table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"{path} is empty: a table must have a line of column names and rows") from error
+    except _BROKEN as error:
+        raise _broken(path, suffix.lstrip(".") or "csv", error) from error
+    if table.shape[1] == 1 and ";" in str(table.columns[0]):
+        raise InputError(f"{path} separates its columns by semicolons: write it with commas")
+    return table
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file, unpacked if it ends in `.gz`.
+
+    Raises:
+        DataNotFoundError: if there is no such file.
+        InputError: if it is broken.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "poem.txt.gz"
+        >>> _ = path.write_bytes(gzip.compress(b"To be"))
+        >>> read_text(path)
+        'To be'
+    """
+    _check_file(path)
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz" and not content:
+            raise EOFError("it is empty")
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    except _BROKEN as error:
+        raise _broken(path, "gzip" if path.suffix == ".gz" else "text", error) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file with one JSON object on each line, unpacked if it ends in `.gz`.
+
+    Raises:
+        DataNotFoundError: if there is no such file.
+        InputError: if it is broken.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text('{"id": 1}\\n{"id": 2}\\n')
+        >>> [row["id"] for row in read_json_lines(path)]
+        [1, 2]
+    """
+    lines = read_text(path).splitlines()
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise _broken(path, "JSON lines", error) from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise DataNotFoundError(f"there is no file {path}")
+
+
+def _broken(path: Path, kind: str, error: Exception) -> InputError:
+    if isinstance(error, PermissionError):
+        return InputError(f"{path} may not be read: permission denied")
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return InputError(f"{path} cannot be read as {kind}, it is broken or cut off ({reason}): get it anew")
