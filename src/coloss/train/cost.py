@@ -1,6 +1,8 @@
 """What training costs: a clock that can pause, and the peak memory of a stretch of work."""
 
 import contextlib
+import ctypes
+import gc
 import resource
 import sys
 import time
@@ -49,6 +51,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._start = float(torch.cuda.memory_allocated(device))
             return
+        # Memory that earlier work freed but the allocator kept would hide what this stretch takes.
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._start = _resident_peak()
