@@ -97,6 +97,28 @@ def test_batches_are_edited(data, new_model):
     assert seen == [0.0] * 4
 
 
+def test_a_resumed_trainer_goes_on_counting(data, new_model, tmp_path):
+    steps = []
+
+    class Count(Method):
+        def on_step(self, state):
+            steps.append((state.step, round(state.progress, 3)))
+
+    def go(until, resume=None):
+        trainer = lightning.Trainer(
+            max_steps=until, callbacks=[MethodCallback([Count()])], logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False, accelerator="cpu", devices=1,
+        )  # fmt: skip
+        trainer.fit(Module(new_model()), DataLoader(TensorDataset(*data), batch_size=40), ckpt_path=resume)
+        return trainer
+
+    go(4).save_checkpoint(tmp_path / "four.ckpt")
+    steps.clear()
+    go(6, tmp_path / "four.ckpt")
+    assert [step for step, _ in steps] == [5, 6]
+    assert steps[-1][1] == 1.0
+
+
 def test_wrong_attribute_and_replacing_methods_are_refused(data, new_model):
     with pytest.raises(InputError, match="has no module 'network'"):
         train(Module(new_model()), data, MethodCallback([Shrink()], model="network"))

@@ -106,6 +106,8 @@ class MethodCallback(Callback):
         assert self._step is not None
         self._step.state.optimizer = trainer.optimizers[0] if trainer.optimizers else None
         self._step.state.trainable = [p for p in pl_module.parameters() if p.requires_grad]
+        # A Trainer that resumes from its checkpoint starts in the middle.
+        self._step.state.step, self._step.state.epoch = trainer.global_step, trainer.current_epoch
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         assert self._step is not None
