@@ -1,10 +1,8 @@
-"""What the tests of `coloss.ops` share: checks switched off for bad shapes, meters of tensor sizes."""
+"""What the tests of `coloss.ops` share: meters of tensor sizes."""
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -62,15 +60,6 @@ def largest_tensor() -> type[LargestTensor]:
 @pytest.fixture
 def saved_tensors() -> type[SavedTensors]:
     return SavedTensors
-
-
-@pytest.fixture
-def as_users_call() -> Iterator[None]:
-    """Without the shape and type checks of the test run, so that a function's own check answers."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

@@ -8,10 +8,20 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchjd.aggregation import Mean
 
 from coloss.data import IndexedDataset, Loader
 from coloss.errors import InputError
-from coloss.train import Budget, Method, NonFiniteLossError, Target, cosine, fit
+from coloss.train import (
+    Budget,
+    ConflictMonitor,
+    JacobianDescent,
+    Method,
+    NonFiniteLossError,
+    Target,
+    cosine,
+    fit,
+)
 
 FAST = partial(torch.optim.Adam, lr=0.02)
 
@@ -287,3 +297,31 @@ def test_frozen_model_without_method_parameters(data):
     model = nn.Linear(6, 2).requires_grad_(False)
     with pytest.raises(InputError, match="no trainable parameter"):
         fit(model, data, F.cross_entropy, budget=Budget(steps=1))
+
+
+def test_mixed_precision_with_monitor_and_aggregator(data, new_model):
+    """Fabric guards the outputs of its wrapper; looking at gradients must work all the same."""
+    monitor = ConflictMonitor(every=1)
+    run = fit(
+        new_model(),
+        data,
+        F.cross_entropy,
+        [ExtraHead()],
+        combine=JacobianDescent(Mean()),
+        monitor=monitor,
+        budget=Budget(steps=3),
+        fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"),
+    )
+    assert [conflict.step for conflict in run.conflicts] == [0, 1, 2]
+    assert not torch.equal(run.model[0].weight, new_model()[0].weight)
+
+
+def test_the_last_graph_is_gone_before_the_next_grows(data, new_model):
+    held = []
+
+    class Look(Method):
+        def on_batch(self, state):
+            held.append((state.outputs, dict(state.terms)))
+
+    fit(new_model(), data, F.cross_entropy, [Look(), ExtraHead()], budget=Budget(steps=3))
+    assert held == [(None, {})] * 3

@@ -47,9 +47,9 @@ class WeightedSum(nn.Module):
         return defaults | self.weights
 
     def weight(self, name: str, state: State) -> float:
-        """The weight of one term at the present progress."""
-        resolved = self._resolved or {}
-        return value_at(resolved.get(name, 1.0), state.progress)
+        """The weight of one term at the present progress; `forward` must have seen the terms once."""
+        assert self._resolved is not None
+        return value_at(self._resolved.get(name, 1.0), state.progress)
 
     def forward(self, state: State, terms: Mapping[str, Tensor]) -> Tensor:
         if self._resolved is None:

@@ -86,6 +86,10 @@ class MethodCallback(Callback):
         self._own_training_step, self._own_backward = pl_module.training_step, pl_module.backward
         pl_module.training_step = self._training_step  # type: ignore[method-assign]
         if self._step.taker is not None:
+            if trainer.precision == "16-mixed":
+                raise InputError(
+                    "precision 16-mixed scales gradients, which a method edits: use bf16-mixed or 32-true"
+                )
             pl_module.backward = self._backward  # type: ignore[method-assign,assignment]
 
     def _training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -226,6 +226,8 @@ class _Run:
         self.base_rates = [group["lr"] for group in self.raw_optimizer.param_groups]
         self.feed = Feed(given["data"], given["batch_size"], seed, self.fabric)
         self.convert = _input_conversion(self.fabric, self.step)
+        # Mixed precision guards what the wrapper returns against autograd.grad, which monitors and methods need: it gets views.
+        self.step.returns_views = type(self.fabric.strategy.precision) is not Precision
         self.manual_sync = self.step.taker is not None and self.fabric.world_size > 1
         torch.manual_seed((seed + 1) * 7_368_787 + rank)
         self.done = _Progress()
@@ -315,17 +317,19 @@ class _Run:
                 group["lr"] = rate * factor
         if self.manual_sync:
             with self.fabric.no_backward_sync(self.wrapped):
-                terms = self.wrapped()
-                self._before_backward(terms)
-                self.step.backward(terms)
+                self._forward_and_backward()
         else:
-            terms = self.wrapped()
-            self._before_backward(terms)
-            self.step.backward(terms)
+            self._forward_and_backward()
         if self.clip_norm is not None:
             self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.clip_norm)
         self.optimizer.step()
         self.raw_optimizer.zero_grad()
+
+    def _forward_and_backward(self) -> None:
+        self.wrapped()
+        terms = self.state.terms
+        self._before_backward(terms)
+        self.step.backward(terms)
 
     def _before_backward(self, terms: dict[str, Tensor]) -> None:
         """Check and count the terms' values, and let the monitor look while the graph is whole."""

@@ -76,6 +76,11 @@ class State:
             self._taps = Taps(self.model, {})
         return self._taps
 
+    def clear_features(self) -> None:
+        """Forget the tapped features, and the graph they hold."""
+        if self._taps is not None:
+            self._taps.clear()
+
     def close_taps(self) -> None:
         """Remove all hooks from the model."""
         if self._taps is not None:

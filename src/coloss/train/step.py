@@ -71,6 +71,7 @@ class TrainingStep(nn.Module):
         self.state = state if state is not None else State(model)
         self.state.model, self.state.methods, self.state.objective = model, tuple(methods), self.objective
         self.total_steps = total_steps
+        self.returns_views = False
         self.methods = nn.ModuleList(methods)
         self.combine = combine if isinstance(combine, nn.Module) else WeightedSum(combine)
         self.state.combine = self.combine
@@ -113,6 +114,9 @@ class TrainingStep(nn.Module):
             The named scalar loss terms, unweighted.
         """
         state = self.state
+        # The last step's graph must be gone before this one's grows.
+        state.outputs, state.terms = None, {}
+        state.clear_features()
         if batch:
             state.batch = Batch.of(batch[0] if len(batch) == 1 else batch)
         for method in self._batch_hooks:
@@ -132,7 +136,7 @@ class TrainingStep(nn.Module):
         if state.step == 0:
             _check_terms(terms)
         state.terms = terms
-        return terms
+        return {name: term.view_as(term) for name, term in terms.items()} if self.returns_views else terms
 
     def backward(self, terms: dict[str, Tensor]) -> None:
         """Leave the gradients of the combined loss on the parameters, then let methods edit them."""
