@@ -32,7 +32,9 @@ def folder(tmp_path: Path) -> Path:
     for label in ("dark", "light"):
         (tmp_path / "images" / label).mkdir(parents=True)
         for number in range(6):
-            Image.new("L", (8, 8), 40 * (label == "light")).save(tmp_path / "images" / label / f"{number}.png")
+            Image.new("L", (8, 8), 40 * (label == "light")).save(
+                tmp_path / "images" / label / f"{number}.png"
+            )
     (tmp_path / "images" / "dark" / "0.png").write_bytes(b"no picture")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "broken.yaml").write_text("task: [digits\n")
@@ -56,14 +58,26 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["compare", "digit", "--methods", "trp"], ["no task named 'digit'", "did you mean 'digits'", "coloss data"]),
+        (
+            ["compare", "digit", "--methods", "trp"],
+            ["no task named 'digit'", "did you mean 'digits'", "coloss data"],
+        ),
         (["compare", "camvid", "--methods", "trp"], ["'camvid'", "segmentation", "coloss data camvid"]),
         (["compare", "digits"], ["methods must name at least one arm", "--methods"]),
         (["compare", "digits", "--methods", ""], ["methods must name"]),
         (["compare", "iris", "--methods", "cross-entropy,,trp"], ["must name methods", "''"]),
-        (["compare", "iris", "--methods", "crossentropy"], ["'crossentropy'", "did you mean 'cross-entropy'"]),
-        (["compare", "iris", "--methods", "tpr"], ["no method named 'tpr'", "did you mean 'trp'", "for this task"]),
-        (["compare", "iris", "--methods", "trp:enrgy=0.5"], ["no parameter 'enrgy'", "did you mean 'energy'"]),
+        (
+            ["compare", "iris", "--methods", "crossentropy"],
+            ["'crossentropy'", "did you mean 'cross-entropy'"],
+        ),
+        (
+            ["compare", "iris", "--methods", "tpr"],
+            ["no method named 'tpr'", "did you mean 'trp'", "for this task"],
+        ),
+        (
+            ["compare", "iris", "--methods", "trp:enrgy=0.5"],
+            ["no parameter 'enrgy'", "did you mean 'energy'"],
+        ),
         (["compare", "iris", "--methods", "trp:energy"], ["name=value", "'energy'"]),
         (["compare", "iris", "--methods", "trp:energy=high"], ["energy of trp must be float", "'high'"]),
         (["compare", "iris", "--methods", "trp:every=2.5"], ["every of trp must be int", "2.5"]),
@@ -73,39 +87,72 @@ def folder(tmp_path: Path) -> Path:
         (["compare", "iris", "--methods", "cross-entropy:weight=2"], ["cross-entropy takes no parameters"]),
         (["compare", "diabetes", "--methods", "dhkd"], ["dhkd is made for classification", "regression"]),
         (["compare", "iris", "--methods", "trp,trp"], ["arms must have names that differ", "trp, trp"]),
-        (["compare", "iris", "--methods", "trp", "--baseline", "tpr"], ["baseline must be one of the arms", "'trp'"]),
-        (["compare", "iris", "--methods", "trp", "--metric", "acuracy", *FAST], ["'acuracy'", "'accuracy'", "nll"]),
-        (["compare", "iris", "--methods", "trp", "--direction", "up"], ["direction must be higher or lower", "'up'"]),
+        (
+            ["compare", "iris", "--methods", "trp", "--baseline", "tpr"],
+            ["baseline must be one of the arms", "'trp'"],
+        ),
+        (
+            ["compare", "iris", "--methods", "trp", "--metric", "acuracy", *FAST],
+            ["'acuracy'", "'accuracy'", "nll"],
+        ),
+        (
+            ["compare", "iris", "--methods", "trp", "--direction", "up"],
+            ["direction must be higher or lower", "'up'"],
+        ),
         (["compare", "iris", "--methods", "trp", "--reach", "nan"], ["reach must be a finite number"]),
-        (["compare", "iris", "--methods", "trp", "--logger", "tensorbord"], ["'tensorbord'", "'tensorboard'"]),
+        (
+            ["compare", "iris", "--methods", "trp", "--logger", "tensorbord"],
+            ["'tensorbord'", "'tensorboard'"],
+        ),
         (["compare", "iris", "--methods", "trp", "--budget", "60"], ["budget must look like 60s", "'60'"]),
         (["compare", "iris", "--methods", "trp", "--budget", "-3s"], ["budget seconds must be > 0"]),
         (["compare", "iris", "--methods", "trp", "--seeds", "0"], ["seeds must be at least 1, got 0"]),
-        (["compare", "iris", "--methods", "trp", "--seeds", "five"], ["--seeds", "valid integer", "coloss compare --help"]),
+        (
+            ["compare", "iris", "--methods", "trp", "--seeds", "five"],
+            ["--seeds", "valid integer", "coloss compare --help"],
+        ),
         (["compare", "iris", "--methods", "trp", "--workers", "0"], ["workers must be >= 1, got 0"]),
         (["compare", "iris", "--methods", "trp", "--limit", "0"], ["limit must be >= 1, got 0"]),
-        (["compare", "iris", "--methods", "trp", "--target", "species"], ["'iris' has one target", "'species'"]),
+        (
+            ["compare", "iris", "--methods", "trp", "--target", "species"],
+            ["'iris' has one target", "'species'"],
+        ),
         (["compare", "iris", "--methods", "trp", "--kind", "regresion"], ["kind", "'regresion'"]),
         (["compare", "digits-halves", "--methods", "info-nce", "--target", "x"], ["digits-halves", "target"]),
-        (["compare", "ag-news", "--methods", "trp", "--text-features", "tf", "--limit", "20"], ["text_features", "'tf'"]),
+        (
+            ["compare", "ag-news", "--methods", "trp", "--text-features", "tf", "--limit", "20"],
+            ["text_features", "'tf'"],
+        ),
         (["compare", "iris", "--metods", "trp"], ["No such option: --metods", "--methods"]),
         (["compare"], ["Missing argument 'task'"]),
         (["compair", "iris"], ["No such command 'compair'", "compare"]),
         (["compare", "missing.csv", "--methods", "trp"], ["no file or folder 'missing.csv'"]),
         (["compare", "./digits", "--methods", "trp"], ["no file or folder './digits'"]),
-        (["compare", "good.csv", "--methods", "trp", "--target", "tarjet"], ["no column 'tarjet'", "'target'"]),
+        (
+            ["compare", "good.csv", "--methods", "trp", "--target", "tarjet"],
+            ["no column 'tarjet'", "'target'"],
+        ),
         (["compare", "holes.csv", "--methods", "trp"], ["'a'", "1 missing", "row 1", "fill"]),
         (["compare", "one-class.csv", "--methods", "trp"], ["'target'", "one value only (yes)"]),
         (["compare", "no-rows.csv", "--methods", "trp"], ["no-rows.csv has 0 rows", "at least 10"]),
         (["compare", "empty.csv", "--methods", "trp"], ["empty.csv is empty", "column names"]),
         (["compare", "few.csv", "--methods", "trp"], ["few.csv has 2 rows"]),
-        (["compare", "good.csv", "--methods", "trp", "--kind", "regression"], ["must hold numbers for a regression"]),
+        (
+            ["compare", "good.csv", "--methods", "trp", "--kind", "regression"],
+            ["must hold numbers for a regression"],
+        ),
         (["compare", "odd.txt", "--methods", "trp"], ["odd.txt must be a folder of images, or end in"]),
         (["compare", "cut.parquet", "--methods", "trp"], ["cut.parquet cannot be read as parquet"]),
         (["compare", "cut.npz", "--methods", "trp"], ["cut.npz cannot be read as npz"]),
         (["compare", "strange.npz", "--methods", "trp"], ["strange.npz must hold x and y", "it holds u"]),
-        (["compare", "no-images", "--methods", "trp"], ["no-images must hold one folder of images for each class"]),
-        (["compare", "images", "--methods", "trp"], ["0.png cannot be read as an image", "replace or delete"]),
+        (
+            ["compare", "no-images", "--methods", "trp"],
+            ["no-images must hold one folder of images for each class"],
+        ),
+        (
+            ["compare", "images", "--methods", "trp"],
+            ["0.png cannot be read as an image", "replace or delete"],
+        ),
         (["compare", "hf:", "--methods", "trp"], ["hf:NAME"]),
         (["compare", "missing.yaml"], ["no experiment file missing.yaml"]),
         (["compare", "broken.yaml"], ["broken.yaml is not valid YAML", "line 2"]),
@@ -117,14 +164,26 @@ def folder(tmp_path: Path) -> Path:
         (["compare", "iris", "--methods", "trp", "--model", "mymodel:small"], ["cannot import 'mymodel'"]),
         (["compare", "iris", "--methods", "trp", "--model", "mymodels:smal"], ["no 'smal'", "'small'"]),
         (["compare", "iris", "--methods", "trp", "--model", "mymodels:three"], ["must be callable, got int"]),
-        (["compare", "iris", "--methods", "trp", "--model", "raising:build"], ["importing 'raising:build' failed", "ZeroDivisionError"]),
-        (["compare", "iris", "--methods", "trp", "--model", "mymodels:number", *FAST], ["torch.nn.Module, got int"]),
-        (["compare", "iris", "--methods", "trp", "--model", "mymodels:nothing", *FAST], ["callable with the splits"]),
+        (
+            ["compare", "iris", "--methods", "trp", "--model", "raising:build"],
+            ["importing 'raising:build' failed", "ZeroDivisionError"],
+        ),
+        (
+            ["compare", "iris", "--methods", "trp", "--model", "mymodels:number", *FAST],
+            ["torch.nn.Module, got int"],
+        ),
+        (
+            ["compare", "iris", "--methods", "trp", "--model", "mymodels:nothing", *FAST],
+            ["callable with the splits"],
+        ),
         (
             ["compare", "iris", "--methods", "cross-entropy", "--model", "mymodels:narrow", *FAST],
             ["model 'mymodels:narrow' does not work on classification on iris", "shapes"],
         ),
-        (["compare", "iris", "--methods", "trp", "--out", "odd.txt/below", *FAST], ["cannot write odd.txt/below", "writable"]),
+        (
+            ["compare", "iris", "--methods", "trp", "--out", "odd.txt/below", *FAST],
+            ["cannot write odd.txt/below", "writable"],
+        ),
         (["list", "--family", "distilation"], ["no family named 'distilation'", "'distillation'"]),
         (["show", "dhdk"], ["no system named 'dhdk'", "did you mean 'dhkd'", "coloss list"]),
         (["data", "mnits"], ["no data set is called 'mnits'", "'mnist'"]),
@@ -152,8 +211,16 @@ def test_one_line_says_what_is_wrong(coloss, folder, arguments, parts):
 def test_a_missing_package_is_named(coloss, folder, monkeypatch):
     for module, arguments, extra in (
         ("datasets", ["compare", "hf:org/name", "--methods", "trp"], "coloss[hf]"),
-        ("tensorboard", ["compare", "iris", "--methods", "trp", "--logger", "tensorboard"], "coloss[lightning,loggers]"),
-        ("mlflow", ["compare", "iris", "--methods", "trp", "--logger", "mlflow"], "coloss[lightning,loggers]"),
+        (
+            "tensorboard",
+            ["compare", "iris", "--methods", "trp", "--logger", "tensorboard"],
+            "coloss[lightning,loggers]",
+        ),
+        (
+            "mlflow",
+            ["compare", "iris", "--methods", "trp", "--logger", "mlflow"],
+            "coloss[lightning,loggers]",
+        ),
         ("ray", ["compare", "iris", "--methods", "trp", "--ray", "local", *FAST], "coloss[ray]"),
     ):
         monkeypatch.setitem(sys.modules, module, None)
@@ -171,7 +238,9 @@ def test_a_data_file_that_is_absent_is_named_with_its_source(coloss, monkeypatch
 def test_no_folder_is_touched_that_holds_something_else(coloss, folder):
     assert coloss("compare", "iris", "--methods", "cross-entropy", "--out", "a", *FAST).code == 0
     before = (folder / "a" / "comparison.json").read_bytes()
-    code, _, err = coloss("compare", "iris", "--methods", "cross-entropy", "--out", "a", "--seeds", "1", "--budget", "3steps")
+    code, _, err = coloss(
+        "compare", "iris", "--methods", "cross-entropy", "--out", "a", "--seeds", "1", "--budget", "3steps"
+    )
     assert code == 2 and "a holds another comparison" in err and "'steps': 2" in err and "--out" in err
     assert (folder / "a" / "comparison.json").read_bytes() == before
     code, _, err = coloss("compare", "wine", "--methods", "cross-entropy,trp", "--out", "a", *FAST)

@@ -58,7 +58,16 @@ def measured(tmp_path, monkeypatch):
 
 
 def test_torch_is_not_imported():
-    commands = [["list"], ["list", "--json"], ["show", "trp"], ["data"], ["data", "digits"], ["--help"], ["--version"], []]
+    commands = [
+        ["list"],
+        ["list", "--json"],
+        ["show", "trp"],
+        ["data"],
+        ["data", "digits"],
+        ["--help"],
+        ["--version"],
+        [],
+    ]
     script = (
         "import sys, json\n"
         "from coloss.cli.app import main\n"
@@ -74,9 +83,13 @@ def test_torch_is_not_imported():
 
 def test_a_reader_that_stops_early_is_no_error():
     script = "from coloss.cli.app import main; main(['data'])"
-    shell = f"{sys.executable} -c \"{script}\" | head -n 1; echo ${{PIPESTATUS[0]}}"
+    shell = f'{sys.executable} -c "{script}" | head -n 1; echo ${{PIPESTATUS[0]}}'
     found = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
-    assert found.stdout.startswith("name") and "Traceback" not in found.stderr and "Exception" not in found.stderr
+    assert (
+        found.stdout.startswith("name")
+        and "Traceback" not in found.stderr
+        and "Exception" not in found.stderr
+    )
 
 
 def test_the_list_as_json(coloss, measured):
@@ -147,7 +160,12 @@ def test_slugs_are_unique():
 def test_data_sets(coloss, monkeypatch, tmp_path):
     monkeypatch.setenv("COLOSS_DATA", str(tmp_path / "nowhere"))
     out = coloss("data").out
-    assert all(name in out for name in DATASETS) and "embedded" in out and "missing" in out and "COLOSS_DATA" in out
+    assert (
+        all(name in out for name in DATASETS)
+        and "embedded" in out
+        and "missing" in out
+        and "COLOSS_DATA" in out
+    )
     rows = {row["name"]: row for row in json.loads(coloss("data", "--json").out)}
     assert rows.keys() == DATASETS.keys()
     assert rows["digits"]["found"] == "embedded" and rows["digits"]["tasks"] == ["digits", "digits-ssl"]
@@ -159,7 +177,9 @@ def test_data_sets(coloss, monkeypatch, tmp_path):
 
 def test_help_names_every_command(coloss):
     out = coloss("--help").out
-    assert all(name in out for name in ("list", "show", "data", "compare", "verify", "run", "report", "bench"))
+    assert all(
+        name in out for name in ("list", "show", "data", "compare", "verify", "run", "report", "bench")
+    )
     for command in ("compare", "verify", "run", "report", "list"):
         assert coloss(command, "-h").code == 0
     assert coloss("--version").out.startswith("coloss ")

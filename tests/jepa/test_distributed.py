@@ -19,12 +19,17 @@ def runs(tmp_path_factory):
     """What one process saw, and what each of two saw."""
     folder = tmp_path_factory.mktemp("processes")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    for processes in (1, 2):
-        path = folder / str(processes)
-        done = subprocess.run(
-            [sys.executable, SCRIPT, str(processes), path], env=environment, capture_output=True, timeout=300
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(processes), folder / str(processes)],
+            env=environment,
+            stderr=subprocess.PIPE,
         )
-        assert done.returncode == 0, done.stderr.decode()
+        for processes in (1, 2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
     return [load_file(folder / name) for name in ("1.0", "2.0", "2.1")]
 
 

@@ -37,9 +37,6 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# The statistic
-
-
 @pytest.mark.parametrize("samples", [4, 64, 512])
 def test_floor_under_the_goal_is_the_same_for_every_number_of_samples(samples):
     floor = (QUADRATURE * (1 - torch.exp(-(KNOTS**2)))).sum().item()
@@ -151,9 +148,6 @@ def test_no_sample_and_one_sample(samples):
     assert embeddings.grad.isfinite().all()
 
 
-# The loss
-
-
 def test_invariance_by_hand():
     views = torch.tensor([[[0.0, 0.0]], [[2.0, 0.0]], [[4.0, 6.0]]])
     # Around the mean (2, 2) of all: 4 + 4, 0 + 4, 4 + 16. Around the mean (1, 0) of the first two: 1, 1, 9 + 36.
@@ -194,8 +188,8 @@ def test_loss_alone_takes_its_slices_from_the_generator(generator):
 
 def test_descent_on_the_loss_spreads_a_collapsed_cloud():
     embeddings = (0.01 * normal(1, 128, 3)).requires_grad_()
-    sigreg, optimizer = SIGReg(64), torch.optim.Adam([embeddings], lr=0.05)
-    for _ in range(200):
+    sigreg, optimizer = SIGReg(32), torch.optim.Adam([embeddings], lr=0.05)
+    for _ in range(120):
         optimizer.zero_grad()
         lejepa_loss(embeddings, sigreg=sigreg)[0].backward()
         optimizer.step()
@@ -238,9 +232,6 @@ def test_projector_ends_in_a_linear_layer_without_a_norm():
     assert [type(layer) for layer in projection_head(10, (3,))] == [nn.Linear]
 
 
-# Views
-
-
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 20), (3, 16, 16), (1, 40, 40), (2, 30), (7,)])
 def test_default_views_fit_every_kind_of_input(shape, generator):
     inputs = torch.rand(6, *shape, generator=generator)
@@ -273,9 +264,6 @@ def test_view_functions_may_give_lists(generator):
 def test_views_that_do_not_fit_are_refused(view, inputs, message):
     with pytest.raises(InputError, match=message):
         stacked_views(view, inputs)
-
-
-# The method
 
 
 def network(objective):
@@ -428,19 +416,18 @@ def test_training_leaves_the_model_as_it_was_built(images, targets, objective):
     assert run.model is model
 
 
-def test_training_raises_rank_where_invariance_alone_lets_it_fall(images):
-    ranks = []
+def test_training_spreads_embeddings_where_invariance_alone_lets_them_shrink():
+    data, smallest = (normal(128, 8),), []
     for weight in (0.0, 0.2):
         method = LeJEPA(weight=weight, num_slices=32, projector=(32, 4))
         run = fit(
-            encoder(), (images,), methods=[method], budget=Budget(steps=60), batch_size=96,
+            MLP(8, (32,), 16), data, methods=[method], budget=Budget(steps=60), batch_size=128,
             optimizer=partial(torch.optim.AdamW, lr=5e-3),
         )  # fmt: skip
-        run.model.eval()
         with torch.no_grad():
-            embeddings = method.projector.eval()(run.model(images))
-        ranks.append(embeddings.std(0).min().item())
-    assert ranks[0] < 0.1 < 0.2 < ranks[1]
+            embeddings = method.projector.eval()(run.model.eval()(data[0]))
+        smallest.append(embeddings.std(0).min().item())
+    assert smallest[0] < 0.1 < 0.4 < smallest[1]
 
 
 @pytest.mark.parametrize("objective", [None, F.cross_entropy])

@@ -43,8 +43,9 @@ def test_it_is_the_entropy_of_the_singular_values(shape):
     z = normal(*shape) * torch.linspace(0.1, 3, shape[1], dtype=torch.float64)
     assert rankme(z).item() == pytest.approx(numpy_rankme(z.numpy()), rel=1e-6)
     assert rankme(z, eps=1e-5).item() == pytest.approx(numpy_rankme(z.numpy(), 1e-5), rel=1e-6)
-    centred = z - z.mean(0)
-    assert rankme(z, center=True).item() == pytest.approx(numpy_rankme(centred.numpy()), rel=1e-4)
+    if shape[0] > 1:
+        centred = z - z.mean(0)
+        assert rankme(z, center=True).item() == pytest.approx(numpy_rankme(centred.numpy()), rel=1e-4)
 
 
 def test_orthonormal_columns_have_full_rank_and_a_little_more():
@@ -149,20 +150,16 @@ def test_the_meters_are_ordered(rows, columns, seed, stretch, center):
     z = normal(rows, columns, seed=seed) * torch.logspace(
         0, math.log10(stretch), columns, dtype=torch.float64
     )
-    largest = min(rows, columns)
-    order = [
-        participation_ratio(z, center), entropy_rank(z, center), rankme(z, eps=0.0, center=center)
-    ]  # fmt: skip
-    values = [1, *(value.item() for value in order), largest]
+    values = [
+        1,
+        stable_rank(z, center).item(),
+        participation_ratio(z, center).item(),
+        entropy_rank(z, center).item(),
+        rankme(z, eps=0.0, center=center).item(),
+        min(rows, columns),
+    ]
     for smaller, larger in zip(values, values[1:]):
         assert smaller <= larger * (1 + 1e-6)
-    assert (
-        stable_rank(z, center).item()
-        <= participation_ratio(z, center).item() * stable_rank(z, center).item() ** 0.5 + 1e-6
-    )
-
-
-# LiDAR
 
 
 def numpy_lidar(z, delta, eps):
@@ -225,19 +222,16 @@ def test_values_out_of_range_are_refused(call, message):
         call()
 
 
-# The interval
-
-
 def test_the_interval_is_as_wide_as_the_value_scatters_over_samples():
     spread = torch.linspace(0.2, 2, 10, dtype=torch.float64)
-    draws = torch.stack([rankme(normal(300, 10, seed=seed) * spread) for seed in range(200)])
+    draws = torch.stack([rankme(normal(300, 10, seed=seed) * spread) for seed in range(100)])
     low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     widths = []
-    for seed in range(10):
+    for seed in range(5):
         found = rankme_interval(normal(300, 10, seed=seed) * spread, torch.Generator().manual_seed(seed))
         assert found.low < found.value < found.high
         widths.append(found.high - found.low)
-    assert sum(widths) / 10 == pytest.approx(high - low, rel=0.2)
+    assert sum(widths) / 5 == pytest.approx(high - low, rel=0.25)
 
 
 def test_the_interval_is_decided_by_its_generator():
@@ -261,4 +255,4 @@ def test_claim_runs():
         "regret_by_rankme_backbone",
         "spearman_rankme_projector",
     } <= metrics
-    assert {"linear", "regret", "linear_at_0.05"} <= set(found["arms"]["random choice"]["metrics"])
+    assert {"linear", "regret", "linear_at_0.02"} <= set(found["arms"]["random choice"]["metrics"])

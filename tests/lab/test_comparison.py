@@ -46,7 +46,15 @@ def test_seeds_differ_in_split_and_initial_weights(task, watched, tmp_path):
 
 
 def test_the_same_comparison_gives_the_same_numbers_whatever_ran_before(task, tmp_path):
-    arms = [Arm("plain"), Arm("smooth", objective=lambda outputs, targets: nn.functional.cross_entropy(outputs, targets, label_smoothing=0.2))]
+    arms = [
+        Arm("plain"),
+        Arm(
+            "smooth",
+            objective=lambda outputs, targets: nn.functional.cross_entropy(
+                outputs, targets, label_smoothing=0.2
+            ),
+        ),
+    ]
     first = Comparison(task, arms, seeds=2).run(tmp_path / "a")
     torch.manual_seed(99)
     torch.rand(5)
@@ -75,7 +83,9 @@ def test_finished_trials_are_not_run_again(task, tmp_path):
     assert [seed for seed, smoke in built[2:] if not smoke] == [1, 2]
     assert (tmp_path / "trials" / "other--seed0.json").read_bytes() == before
     assert result.record.seeds == [0, 1, 2] and len(result.trials) == 6
-    assert {report[:2] for report in reports if report[2] == 1.0} == {(arm, seed) for arm in ("plain", "other") for seed in range(3)}
+    assert {report[:2] for report in reports if report[2] == 1.0} == {
+        (arm, seed) for arm in ("plain", "other") for seed in range(3)
+    }
     built.clear()
     again = Comparison(task, arms, seeds=2).run(tmp_path)
     assert not built and again.record.seeds == [0, 1, 2] and len(again.trials) == 6
@@ -100,7 +110,9 @@ def test_a_run_that_diverges_is_stored_as_such_and_the_others_go_on(task, diverg
     result = comparison.run(tmp_path)
     assert set(result.failures) == {("diverging", 0), ("diverging", 1)}
     assert result.failures["diverging", 1] == "diverging, seed 1: loss term 'diverge' is nan at step 5"
-    assert all(map(math.isnan, result.values("diverging"))) and all(map(math.isfinite, result.values("plain")))
+    assert all(map(math.isnan, result.values("diverging"))) and all(
+        map(math.isfinite, result.values("plain"))
+    )
     assert all(trial.cost.seconds > 0 for trial in result.trials)
     again = comparison.run(tmp_path)
     assert set(again.failures) == set(result.failures)
@@ -167,7 +179,9 @@ def test_a_metric_that_the_task_does_not_give_is_refused_before_training(task, t
     trained = []
     arm = Arm("plain", lambda setting: trained.append(setting.smoke) or [])
     comparison = Comparison(task, [arm], seeds=1, metric="acuracy")
-    with pytest.raises(InputError, match="no metric named 'acuracy' in two clouds of points; did you mean 'accuracy'"):
+    with pytest.raises(
+        InputError, match="no metric named 'acuracy' in two clouds of points; did you mean 'accuracy'"
+    ):
         comparison.run(tmp_path)
     assert trained == [True] and not list(tmp_path.iterdir())
 
@@ -239,12 +253,16 @@ def test_an_arm_that_needs_no_training_is_judged_as_it_is(tmp_path):
 
 
 def test_a_stored_trial_holds_all_of_it(tmp_path):
-    Comparison("iris", ["cross-entropy+trp"], seeds=[4], budget=Budget(steps=30), command="typed").run(tmp_path)
+    Comparison("iris", ["cross-entropy+trp"], seeds=[4], budget=Budget(steps=30), command="typed").run(
+        tmp_path
+    )
     record = json.loads((tmp_path / "comparison.json").read_text())
     assert record["command"] == "typed" and record["versions"]["torch"] and record["machine"]["cores"]
     assert record["arms"] == [{"name": "cross-entropy+trp", "methods": [{"slug": "trp", "parameters": {}}]}]
     trial = read_record(tmp_path / "trials" / "cross-entropy+trp--seed4.json", TrialRecord)
-    assert trial.cost.steps == 30 and trial.history[-1].step == 30 and "cross_entropy" in trial.history[0].terms
+    assert (
+        trial.cost.steps == 30 and trial.history[-1].step == 30 and "cross_entropy" in trial.history[0].terms
+    )
     assert set(trial.metrics) == {"accuracy", "balanced_accuracy", "ece", "nll"}
 
 

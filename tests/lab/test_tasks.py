@@ -11,7 +11,7 @@ from coloss import Budget, Comparison
 from coloss.data import DATASETS, load
 from coloss.errors import InputError
 from coloss.lab import find_task, task_from_splits, task_names
-from coloss.lab.task_names import tasks_of
+from coloss.lab.known_tasks import tasks_of
 from coloss.lab.tasks import content_hash, default_model, metric_direction
 
 
@@ -70,7 +70,9 @@ def test_files_of_ones_own(tmp_path):
     (tmp_path / "images").mkdir()
     for number, label in enumerate(words):
         (tmp_path / "images" / label).mkdir(exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / "images" / label / f"{number}.png")
+        Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(
+            tmp_path / "images" / label / f"{number}.png"
+        )
     np.savez(tmp_path / "series.npz", x=generator.normal(size=(40, 2, 16)), y=np.arange(40) % 2)
     cases = {
         write_table(tmp_path / "words.csv", words): "classification",
@@ -80,7 +82,9 @@ def test_files_of_ones_own(tmp_path):
     }
     for path, kind in cases.items():
         task = find_task(str(path))
-        result = Comparison(str(path), [task.objective_name], seeds=1, budget=Budget(steps=1)).run(tmp_path / f"{path.stem}-out")
+        result = Comparison(str(path), [task.objective_name], seeds=1, budget=Budget(steps=1)).run(
+            tmp_path / f"{path.stem}-out"
+        )
         assert task.kind == kind and task.title == f"{kind} on {path.name}" and not result.failures
         assert result.record.task == str(path) and result.record.options["data"] == content_hash(path)
 
@@ -98,7 +102,11 @@ def test_options_reach_the_data(tmp_path):
     assert find_task(path, kind="regression").kind == "regression"
     assert len(find_task("digits", limit=30).load(2).train) == 30
     assert len(find_task("digits-halves", limit=30).load(2).train) == 30
-    assert find_task("sst2", text_features="hashing", limit=20).load(0).feature_names is None if _has("sst2") else True
+    assert (
+        find_task("sst2", text_features="hashing", limit=20).load(0).feature_names is None
+        if _has("sst2")
+        else True
+    )
     with pytest.raises(InputError, match="digits-halves pairs halves"):
         find_task("digits-halves", kind="classification")
 
@@ -140,12 +148,16 @@ def test_a_name_of_the_catalog_wins_over_a_file(tmp_path, monkeypatch):
 
 
 def test_a_model_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_models_for_tasks.py").write_text("from torch import nn\ndef build(splits):\n    return nn.Linear(4, splits.num_classes)\n")
+    (tmp_path / "my_models_for_tasks.py").write_text(
+        "from torch import nn\ndef build(splits):\n    return nn.Linear(4, splits.num_classes)\n"
+    )
     monkeypatch.chdir(tmp_path)
     for path in ("my_models_for_tasks:build", "my_models_for_tasks.build"):
         task = find_task("iris", model=path)
         assert isinstance(task.model(task.load(0)), nn.Linear)
-    result = Comparison("iris", ["cross-entropy"], seeds=1, budget=Budget(steps=1), model="my_models_for_tasks:build").run(tmp_path / "out")
+    result = Comparison(
+        "iris", ["cross-entropy"], seeds=1, budget=Budget(steps=1), model="my_models_for_tasks:build"
+    ).run(tmp_path / "out")
     assert result.trials[0].cost.parameters == 15
 
 
@@ -159,7 +171,9 @@ def test_the_default_model_suits_the_shape_of_the_input(needs):
 def test_a_teacher_is_larger_than_its_student():
     for name in ("digits", "wine"):
         task = find_task(name)
-        count = [sum(p.numel() for p in build(task.load(0)).parameters()) for build in (task.model, task.teacher)]
+        count = [
+            sum(p.numel() for p in build(task.load(0)).parameters()) for build in (task.model, task.teacher)
+        ]
         assert 3 < count[1] / count[0] < 20
 
 
@@ -179,13 +193,26 @@ def _rows(count):
 def test_splits_of_an_unknown_kind_are_refused():
     splits = load("iris")
     splits.kind = "ranking"
-    with pytest.raises(InputError, match="splits must be of kind classification, regression, multilabel, retrieval, got 'ranking'"):
+    with pytest.raises(
+        InputError,
+        match="splits must be of kind classification, regression, multilabel, retrieval, got 'ranking'",
+    ):
         task_from_splits("mine", lambda seed: splits)
 
 
 @pytest.mark.parametrize(
     ("metric", "direction"),
-    [("accuracy", "higher"), ("nll", "lower"), ("ece", "lower"), ("mse", "lower"), ("r2", "higher"), ("mrr", "higher"), ("recall@5", "higher"), ("uniformity", "lower"), ("validation_loss", "lower")],
+    [
+        ("accuracy", "higher"),
+        ("nll", "lower"),
+        ("ece", "lower"),
+        ("mse", "lower"),
+        ("r2", "higher"),
+        ("mrr", "higher"),
+        ("recall@5", "higher"),
+        ("uniformity", "lower"),
+        ("validation_loss", "lower"),
+    ],
 )
 def test_metrics_know_their_direction(metric, direction):
     assert metric_direction(metric) == direction

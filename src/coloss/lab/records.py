@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-import tempfile
+import secrets
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -153,27 +153,21 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         InputError: if the folder cannot be written.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; choose a writable folder"
-        ) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; choose a writable folder"
         ) from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -196,6 +190,8 @@ def read_record(path: Path, kind: type[R]) -> R:
         raise InputError(
             f"{path} is damaged or not a {kind.__name__} ({first}); delete it to run it again"
         ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def trial_path(folder: Path, arm: str, seed: int) -> Path:

@@ -1,0 +1,5 @@
+"""Speed and memory beside peers, each benchmark in one run: `coloss bench`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,162 @@
+"""The list of systems, read from the source of their rooms without importing them (no torch)."""
+
+import ast
+import importlib
+import inspect
+import re
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from coloss.errors import InputError, UnknownNameError, suggest_names
+from coloss.lab.evidence import read_evidence
+from coloss.lab.room_examples import room_example
+
+PACKAGE = Path(__file__).resolve().parents[1]
+FAMILIES = (
+    "classification",
+    "contrastive",
+    "retrieval",
+    "jepa",
+    "multimodal",
+    "distillation",
+    "compression",
+    "adapters",
+    "language",
+    "openworld",
+    "shift",
+    "motion",
+    "perception",
+    "generation",
+    "signals",
+)
+
+# Parsing every room in full would take over a second for the whole catalog; these two pieces are enough.
+_DOCSTRING = re.compile(r'\A\s*(r?"""(?:[^"\\]|\\.|"(?!""))*""")', re.DOTALL)
+_SYSTEM = re.compile(r"^SYSTEM = System\($.*?^\)$", re.DOTALL | re.MULTILINE)
+_CLAIM = re.compile(r"^CLAIM\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One system of the catalog: what its `SYSTEM` says, where it lives, its docstring, and what was measured."""
+
+    slug: str
+    title: str
+    paper: str
+    family: str
+    acts_on: tuple[str, ...]
+    api: tuple[str, ...]
+    module: str
+    docstring: str
+    method: str | None = None
+    kinds: tuple[str, ...] = ()
+    recipe: str | None = None
+    has_claim: bool = False
+
+    @property
+    def evidence(self) -> dict[str, Any] | None:
+        """What `coloss verify` measured, or None."""
+        return read_evidence(self.slug)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the room's docstring."""
+        return self.docstring.splitlines()[0] if self.docstring else self.title
+
+    @property
+    def example(self) -> str:
+        """The code example of its method, or else of the first public name that has one; empty if none has."""
+        room = PACKAGE / self.family / f"{self.module.rpartition('.')[2]}.py"
+        names = [path.rpartition(".")[2] for path in (self.method, *self.api, self.recipe) if path]
+        return room_example(room, self.module, names)
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry as `coloss list --json` prints it."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "docstring"}
+        return found | {"summary": self.summary, "evidence": self.evidence}
+
+
+@cache
+def catalog() -> tuple[Entry, ...]:
+    """All systems of the installed package, by family and slug.
+
+    Raises:
+        InputError: if a room's `SYSTEM` cannot be read.
+
+    Example:
+        >>> "dhkd" in {entry.slug for entry in catalog()}
+        True
+    """
+    rooms = ((path, family) for family in FAMILIES for path in sorted((PACKAGE / family).glob("*.py")))
+    found = [entry for path, family in rooms if (entry := read_room(path, family)) is not None]
+    return tuple(sorted(found, key=lambda entry: (FAMILIES.index(entry.family), entry.slug)))
+
+
+def find_entry(slug: str) -> Entry:
+    """Look one system up.
+
+    Raises:
+        UnknownNameError: if there is none of that name; close names are suggested.
+
+    Example:
+        >>> find_entry("trp").family
+        'compression'
+    """
+    known = {entry.slug: entry for entry in catalog()}
+    if slug not in known:
+        raise UnknownNameError(
+            f"no system named {slug!r}{suggest_names(slug, sorted(known))} (coloss list shows all)"
+        )
+    return known[slug]
+
+
+def import_name(path: str) -> Any:
+    """Import `package.module.name`.
+
+    Raises:
+        InputError: if there is no such thing.
+
+    Example:
+        >>> import_name("json.dumps")([1])
+        '[1]'
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"cannot import {path!r}: {error}") from error
+
+
+def read_room(path: Path, family: str) -> Entry | None:
+    """The catalog entry of a room's source file, or None if it declares no system.
+
+    Raises:
+        InputError: if `SYSTEM` holds anything but literal values, or other fields than a `System` has.
+
+    Example:
+        >>> read_room(PACKAGE / "compression" / "trained_rank_pruning.py", "compression").slug
+        'trp'
+    """
+    source = path.read_text(encoding="utf-8")
+    declaration = _SYSTEM.search(source)
+    if declaration is None:
+        return None
+    docstring = _DOCSTRING.match(source)
+    try:
+        (statement,) = ast.parse(declaration.group()).body
+        assert isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call)
+        declared = {k.arg: ast.literal_eval(k.value) for k in statement.value.keywords if k.arg}
+        if declared.get("family") != family:
+            raise ValueError(f"family must be {family!r} as the folder is, got {declared.get('family')!r}")
+        return Entry(
+            **declared,
+            module=f"coloss.{family}.{path.stem}",
+            docstring=inspect.cleandoc(ast.literal_eval(docstring.group(1))) if docstring else "",
+            has_claim=_CLAIM.search(source) is not None,
+        )
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise InputError(
+            f"SYSTEM in {path} must hold the fields of System as literal values: {error}"
+        ) from error

@@ -1,0 +1,69 @@
+"""The tasks known by name, and whether a text is one, a file, or neither. Nothing here imports torch."""
+
+from pathlib import Path
+
+from coloss.data.catalog import DATASETS, SUPERVISED_KINDS
+from coloss.errors import InputError, UnknownNameError, suggest_names
+
+HALVES = "digits-halves"
+"""Images cut in two: which bottom half belongs to which top half."""
+
+SELF_SUPERVISED = "-ssl"
+"""Ending of the tasks that train an encoder without labels."""
+
+
+def task_names() -> list[str]:
+    """Names that `find_task` answers to: every supervised data set, `NAME-ssl` for each classification, `digits-halves`.
+
+    Example:
+        >>> {"digits", "digits-ssl", "digits-halves", "diabetes"} <= set(task_names())
+        True
+    """
+    return sorted([HALVES, *(name for dataset in DATASETS for name in tasks_of(dataset))])
+
+
+def tasks_of(dataset: str) -> list[str]:
+    """Names of the tasks that a data set gives by itself.
+
+    Example:
+        >>> tasks_of("digits"), tasks_of("diabetes"), tasks_of("camvid")
+        (['digits', 'digits-ssl'], ['diabetes'], [])
+    """
+    kind = DATASETS[dataset].kind
+    if kind not in SUPERVISED_KINDS:
+        return []
+    return [dataset, dataset + SELF_SUPERVISED] if kind == "classification" else [dataset]
+
+
+def is_file(text: str) -> bool:
+    """Tell whether a text stands for a file or folder that exists; a name of a task is never taken for one.
+
+    Example:
+        >>> is_file("digits"), is_file(".")
+        (False, True)
+    """
+    return text not in task_names() and not text.startswith("hf:") and Path(text).expanduser().exists()
+
+
+def check_task(text: str) -> None:
+    """Refuse what is neither a task, nor `hf:...`, nor a file or folder that exists.
+
+    Raises:
+        InputError: naming what comes close.
+
+    Example:
+        >>> check_task("abalon")
+        Traceback (most recent call last):
+        ...
+        coloss.errors.UnknownNameError: no task named 'abalon'; did you mean 'abalone'? (coloss data lists them; a path works too)
+    """
+    known = task_names()
+    if text in known or text.startswith("hf:") or is_file(text):
+        return
+    if text in DATASETS:
+        raise InputError(
+            f"{text!r} is no task by itself, its kind is {DATASETS[text].kind}; see: coloss data {text}"
+        )
+    looks_like_file = "/" in text or "\\" in text or Path(text).suffix
+    what = f"no file or folder {text!r}" if looks_like_file else f"no task named {text!r}"
+    raise UnknownNameError(f"{what}{suggest_names(text, known)} (coloss data lists them; a path works too)")

@@ -1,0 +1,314 @@
+"""Tasks by name: every model-ready data set, and any table, image folder or npz of the user's own."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+
+from coloss.data import IndexedDataset, RetrievalSplits, Splits, halves, import_callable, load
+from coloss.errors import InputError
+from coloss.lab.known_tasks import HALVES, SELF_SUPERVISED, check_task, is_file, task_names
+from coloss.metrics import (
+    evaluate_classifier,
+    evaluate_dual_encoder,
+    evaluate_encoder,
+    evaluate_multilabel,
+    evaluate_regressor,
+)
+from coloss.nn import MLP, Classifier, ConvNet, DualEncoder
+from coloss.ops import info_nce_loss
+from coloss.train.budget import Budget
+from coloss.train.task import Task
+
+Direction = Literal["higher", "lower"]
+
+
+def find_task(
+    name: str,
+    *,
+    target: str | None = None,
+    kind: Literal["classification", "regression"] | None = None,
+    model: str | None = None,
+    text_features: str = "tfidf",
+    limit: int | None = None,
+) -> Task:
+    """The task of a name, or of a file or folder.
+
+    Args:
+        name: a name of `task_names()`, a path to CSV, parquet or npz, a folder of images by class, or `hf:...`.
+        target: the column to predict, for tables.
+        kind: where the guess by the target's values is wrong, for your own data.
+        model: import path `package.module:name` of a callable `splits -> nn.Module`, in place of the default model.
+        text_features: "tfidf", "hashing" or the import path of an encoder.
+        limit: use so many samples of each part at most.
+
+    Raises:
+        InputError: if there is no such task, file, column or model; close names are suggested.
+
+    Example:
+        >>> find_task("digits").objective_name
+        'cross-entropy'
+    """
+    check_task(name)
+    self_supervised = name in task_names() and name.endswith(SELF_SUPERVISED)
+    if name == HALVES:
+        if target is not None or kind is not None:
+            raise InputError(f"{HALVES} pairs halves of images and has no target: leave target and kind out")
+        task = task_from_splits(name, partial(_digits_halves, limit))
+    else:
+        source: str | Path = name.removesuffix(SELF_SUPERVISED) if self_supervised else name
+        stamp = ""
+        if is_file(name):
+            source = Path(name).expanduser()
+            stamp = content_hash(source)
+        read = partial(_load, source, stamp, target, kind, text_features, limit)
+        task = task_from_splits(name, read, self_supervised=self_supervised)
+    if is_file(name):
+        task = replace(task, title=f"{task.kind} on {Path(name).name}")
+    return (
+        replace(task, model=partial(_build_model, model, _import_model(model))) if model is not None else task
+    )
+
+
+def content_hash(path: Path) -> str:
+    """Identify the content of a file, or the files of a folder by their names and sizes.
+
+    Raises:
+        InputError: if it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
+        >>> _ = path.write_text("a,target")
+        >>> content_hash(path)
+        'ec3cf8bf3032c1d8'
+    """
+    digest = hashlib.sha256()
+    try:
+        if path.is_dir():
+            for file in sorted(found for found in path.rglob("*") if found.is_file()):
+                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+        else:
+            with path.open("rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()[:16]
+
+
+# A loaded set is used by every arm of a seed in turn; more than a few seeds at a time would only fill memory.
+@lru_cache(maxsize=3)
+def _load(
+    source: str | Path,
+    stamp: str,
+    target: str | None,
+    kind: Any,
+    text_features: str,
+    limit: int | None,
+    seed: int,
+) -> Splits | RetrievalSplits:
+    """`stamp` makes a file that changed another entry of the cache."""
+    return load(source, target=target, kind=kind, seed=seed, text_features=text_features, limit=limit)
+
+
+@lru_cache(maxsize=3)
+def _digits_halves(limit: int | None, seed: int) -> Splits:
+    # Retrieval needs no classes: pair i of the top halves belongs to pair i of the bottom halves.
+    return replace(halves(cast(Splits, load("digits", seed=seed, limit=limit))), kind="retrieval")
+
+
+def task_from_splits(
+    name: str,
+    load_splits: Callable[[int], Splits | RetrievalSplits],
+    *,
+    self_supervised: bool = False,
+) -> Task:
+    """A task around your own data: `load_splits(seed)` gives `Splits` or `RetrievalSplits`.
+
+    The kind of the splits decides model, loss and metrics: a small network for the input's shape, cross-entropy, squared error, binary
+    cross-entropy or InfoNCE, and the usual metrics. `dataclasses.replace` changes any of it.
+
+    Args:
+        name: what tables call it.
+        load_splits: seed -> splits.
+        self_supervised: train an encoder without labels, judged by probes.
+
+    Raises:
+        InputError: if the splits are of no kind that the lab has a recipe for.
+
+    Example:
+        >>> from coloss.data import load
+        >>> task = task_from_splits("small digits", lambda seed: load("digits", seed=seed, limit=100))
+        >>> task.kind, task.metric, task.budget
+        ('classification', 'accuracy', Budget(epochs=None, steps=300, seconds=None))
+    """
+    splits = load_splits(0)
+    if self_supervised:
+        return _self_supervised(name, load_splits, splits.train)
+    if splits.kind == "retrieval":
+        return _retrieval(name, load_splits, splits.train)
+    if splits.kind not in _SUPERVISED:
+        known = ", ".join([*_SUPERVISED, "retrieval"])
+        raise InputError(f"splits must be of kind {known}, got {splits.kind!r}")
+    objective, objective_name, evaluate, metric, direction = _SUPERVISED[splits.kind]
+    return Task(
+        name=name,
+        kind=splits.kind,
+        title=f"{splits.kind} on {name}",
+        load=load_splits,
+        model=default_model,
+        objective=objective,
+        objective_name=objective_name,
+        validate=lambda model, splits: evaluate(model, splits.validation),
+        test=lambda model, splits: evaluate(model, splits.test),
+        metric=metric,
+        direction=direction,
+        budget=_default_budget(splits.train),
+        teacher=default_teacher,
+    )
+
+
+def default_backbone(splits: Any, width: float = 1.0) -> nn.Module:
+    """A small network for the input's shape: convolutions for images and series, a perceptron for tables and text."""
+    shape = tuple(splits.input_shape)
+    channels = tuple(int(width * count) for count in (16, 32, 32))
+    if len(shape) == 3:
+        return ConvNet(shape[0], channels)
+    if len(shape) == 2:
+        return ConvNet(shape[0], channels, dims=1)
+    return MLP(shape[0], (int(width * 64), int(width * 64)))
+
+
+def default_model(splits: Any, width: float = 1.0) -> nn.Module:
+    """The default backbone with a linear head for the task's outputs."""
+    outputs = splits.num_classes if splits.kind in ("classification", "multilabel") else 1
+    return Classifier(default_backbone(splits, width), outputs)
+
+
+def default_teacher(splits: Any) -> nn.Module:
+    """The default model, wider: twice for convolutions, whose cost grows with the square, four times for a perceptron."""
+    return default_model(splits, width=4.0 if len(splits.input_shape) == 1 else 2.0)
+
+
+def mean_squared_error_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of a single output against numeric targets."""
+    return nn.functional.mse_loss(outputs.flatten(), targets.flatten().to(outputs.dtype))
+
+
+def binary_cross_entropy_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of logits against indicator targets, averaged over samples and labels."""
+    return nn.functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
+
+
+def contrastive_loss(
+    outputs: tuple[Tensor, Tensor], targets: Any = None, temperature: float = 0.05
+) -> Tensor:
+    """InfoNCE over the batch, from query to document and back."""
+    return info_nce_loss(outputs[0], outputs[1], temperature, symmetric=True)
+
+
+_SUPERVISED: Mapping[str, tuple[Any, str, Any, str, Direction]] = {
+    "classification": (
+        nn.functional.cross_entropy,
+        "cross-entropy",
+        evaluate_classifier,
+        "accuracy",
+        "higher",
+    ),
+    "regression": (mean_squared_error_loss, "mean-squared-error", evaluate_regressor, "mse", "lower"),
+    "multilabel": (
+        binary_cross_entropy_loss,
+        "binary-cross-entropy",
+        evaluate_multilabel,
+        "average_precision",
+        "higher",
+    ),
+}
+
+_BETTER_LOW = {"nll", "ece", "mse", "mae", "rmse", "loss", "error", "perplexity", "brier", "uniformity"}
+
+
+def metric_direction(metric: str) -> Direction:
+    """Whether a metric is better high or low, by the words of its name.
+
+    Example:
+        >>> metric_direction("accuracy"), metric_direction("nll"), metric_direction("test_error")
+        ('higher', 'lower', 'lower')
+    """
+    return "lower" if _BETTER_LOW & set(metric.lower().replace("-", "_").split("_")) else "higher"
+
+
+def _default_budget(train: IndexedDataset, batch_size: int = 64) -> Budget:
+    """Twenty epochs, but no fewer than 300 steps and no more than 2,000."""
+    per_epoch = max(len(train) // batch_size, 1)
+    return Budget(steps=min(max(20 * per_epoch, 300), 2000))
+
+
+def _self_supervised(name: str, load_splits: Callable[[int], Any], train: IndexedDataset) -> Task:
+    return Task(
+        name=name,
+        kind="self-supervised",
+        title=f"an encoder for {name.removesuffix(SELF_SUPERVISED)} without labels, judged by probes with 100 labels",
+        load=load_splits,
+        model=default_backbone,
+        objective=None,
+        objective_name="untrained",
+        validate=lambda model, splits: evaluate_encoder(model, splits, split="validation"),
+        test=lambda model, splits: evaluate_encoder(model, splits, split="test"),
+        metric="knn",
+        budget=_default_budget(train),
+        batch_size=128,
+    )
+
+
+def _retrieval(name: str, load_splits: Callable[[int], Any], train: IndexedDataset) -> Task:
+    return Task(
+        name=name,
+        kind="retrieval",
+        title=f"retrieval on {name}: find the document that belongs to a query",
+        load=load_splits,
+        model=_two_towers,
+        objective=contrastive_loss,
+        objective_name="info-nce",
+        validate=lambda model, splits: _judge_retrieval(model, splits, "validation"),
+        test=lambda model, splits: _judge_retrieval(model, splits, "test"),
+        metric="mrr",
+        budget=_default_budget(train),
+    )
+
+
+def _two_towers(splits: Any) -> nn.Module:
+    return DualEncoder(*(MLP(part[0].numel(), (128,), 64) for part in splits.train.inputs))
+
+
+def _judge_retrieval(model: nn.Module, splits: Any, part: str) -> Mapping[str, float]:
+    """Against the judgements of the splits, or pair by pair where the data are pairs."""
+    if hasattr(splits, "documents"):
+        return evaluate_dual_encoder(model, splits, split=part)
+    return evaluate_dual_encoder(model, getattr(splits, part))
+
+
+def _import_model(path: str) -> Callable[[Any], nn.Module]:
+    # The colon is asked for in messages; a dotted path is unambiguous too.
+    module, _, name = path.rpartition(".")
+    try:
+        return import_callable(path if ":" in path or not module else f"{module}:{name}")
+    except InputError as error:
+        raise InputError(f"model: {error}") from error
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        raise InputError(f"model: importing {path!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _build_model(path: str, build: Callable[[Any], nn.Module], splits: Any) -> nn.Module:
+    try:
+        model = build(splits)
+    except TypeError as error:
+        raise InputError(f"model {path!r} must be callable with the splits of the data: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model {path!r} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
