@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from coloss.cli.app import main
-from coloss.lab.trials import settle_memory
+from coloss.lab.isolation import settle_memory
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ from torch import nn
 from coloss import Arm, Budget, Method, Task
 from coloss.data import DATASETS, IndexedDataset, Splits, locate
 from coloss.errors import DataNotFoundError
-from coloss.lab.trials import settle_memory
+from coloss.lab.isolation import settle_memory
 from coloss.metrics import evaluate_classifier
 
 SUPPORT = Path(__file__).parent / "support"

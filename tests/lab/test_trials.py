@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from coloss import Arm, Budget, Comparison
-from coloss.lab.trials import attempt_arm, plan_budget, rehearse, reproducible, train_arm
+from coloss.lab.isolation import reproducible
+from coloss.lab.trials import attempt_arm, plan_budget, rehearse, train_arm
 from coloss.train.loop import NonFiniteLossError
 
 

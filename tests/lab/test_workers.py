@@ -11,14 +11,14 @@ import pytest
 
 from coloss import Budget, Comparison
 from coloss.errors import InputError
-from coloss.lab.records import ComparisonRecord, read_comparison
-from coloss.lab.workers import WorkerLostError, in_processes
+from coloss.lab.records import read_comparison
+from coloss.lab.workers import WorkerLostError, in_processes, in_ray
 
 ARMS = ["cross-entropy", "trp:energy=0.8"]
 
 
 def plan() -> Comparison:
-    return Comparison("wine", ARMS, seeds=3, budget=Budget(steps=25), limit=60)
+    return Comparison("wine", ARMS, seeds=5, budget=Budget(steps=25), limit=60)
 
 
 def numbers(folder: Path) -> list:
@@ -56,13 +56,13 @@ def test_killed_in_the_middle_of_two_workers(alone, tmp_path):
     script = (
         "from coloss import Budget, Comparison\n"
         "if __name__ == '__main__':\n"
-        "    comparison = Comparison('wine', ['cross-entropy', 'trp:energy=0.8'], seeds=3, budget=Budget(steps=25), limit=60)\n"
+        "    comparison = Comparison('wine', ['cross-entropy', 'trp:energy=0.8'], seeds=5, budget=Budget(steps=25), limit=60)\n"
         f"    comparison.run({str(folder)!r}, workers=2)\n"
     )
     (tmp_path / "script.py").write_text(script)
     process = subprocess.Popen([sys.executable, str(tmp_path / "script.py")])
     deadline = time.monotonic() + 200
-    while not list((folder / "trials").glob("*.json")):
+    while len(list((folder / "trials").glob("*.json"))) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     workers = children(process.pid)
@@ -72,25 +72,24 @@ def test_killed_in_the_middle_of_two_workers(alone, tmp_path):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.05)
     kept = {path: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")}
-    assert kept
+    assert 3 <= len(kept) < 10
     result = plan().run(folder)
-    assert len(result.trials) == 6
+    assert len(result.trials) == 10
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     assert numbers(folder) == alone
 
 
-def test_two_workers_give_the_numbers_of_one(alone, tmp_path):
-    reports = []
-    result = plan().run(tmp_path, workers=2, report=lambda *report: reports.append(report))
-    assert numbers(tmp_path) == alone and not result.failures
-    assert {report[:2] for report in reports if report[2] == 1.0} == {
-        (arm, seed) for arm in ARMS for seed in range(3)
-    }
-
-
 def test_ray_gives_the_numbers_of_one_process(alone, tmp_path):
-    pytest.importorskip("ray", reason="needs the extra coloss[ray]")
-    plan().run(tmp_path, ray="local")
+    ray = pytest.importorskip("ray", reason="needs the extra coloss[ray]")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        plan().run(tmp_path, ray="auto")
+        refused = plan().record.model_copy(update={"task": "no-such-task"})
+        with pytest.raises(InputError, match="^no task named 'no-such-task' .coloss data lists them"):
+            list(in_ray(refused, [(ARMS[0], 0)], "auto", None))
+        assert ray.is_initialized(), "a cluster that others started is theirs to end"
+    finally:
+        ray.shutdown()
     assert numbers(tmp_path) == alone
 
 
@@ -105,14 +104,9 @@ def test_no_process_is_started_for_nothing(tmp_path):
     assert list(in_processes(record, [], 4, None)) == []
 
 
-def test_a_worker_that_is_lost_and_one_that_refuses():
-    record = plan().record
-    refused = record.model_copy(update={"task": "no-such-task"})
-    with pytest.raises(InputError, match="no task named 'no-such-task'"):
-        list(in_processes(refused, [(ARMS[0], 0)], 1, None))
-    assert isinstance(record, ComparisonRecord)
+def test_a_worker_that_is_lost():
     with pytest.raises(WorkerLostError, match="ended by itself.*fewer workers"):
-        for _ in in_processes(record, [(ARMS[0], seed) for seed in range(3)], 1, None, _kill_worker):
+        for _ in in_processes(plan().record, [(ARMS[0], seed) for seed in range(3)], 1, None, _kill_worker):
             pass
 
 

@@ -138,7 +138,7 @@ def _plan(given: dict[str, Any]) -> Any:
     with status("starting"):
         from coloss.lab.arms import split_arms
         from coloss.lab.comparison import Comparison
-        from coloss.lab.trials import settle_memory
+        from coloss.lab.isolation import settle_memory
 
         arms = given["methods"]
         options = {k: v for k, v in given.items() if k not in ("task", "methods", "budget", "out")}

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -96,26 +95,19 @@ def second_look(state: State) -> Iterator[None]:
         >>> state.outputs, state.model.running_mean.tolist()
         ('of the batch', [0.0, 0.0])
     """
-    outputs, tapped = state.outputs, _tapped_values(state)
-    before = dict(tapped)
+    outputs = state.outputs
     norms = [module for module in state.model.modules() if isinstance(module, _BatchNorm)]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
     for norm, name, buffer in kept:
         # A stand-in takes the update: the graph of the first pass does not let its own statistics be edited.
         setattr(norm, name, buffer.clone())
     try:
-        yield
+        with state.features.set_aside():
+            yield
     finally:
         state.outputs = outputs
-        tapped.clear()
-        tapped.update(before)
         for norm, name, buffer in kept:
             setattr(norm, name, buffer)
-
-
-def _tapped_values(state: State) -> Any:
-    # Taps offer no public way to put values back.
-    return state.features._values
 
 
 def _classifier_input(model: nn.Module) -> str | None:

@@ -3,26 +3,22 @@
 Every trial runs on one thread and draws all randomness from its seed, so its numbers do not depend on how many run at once.
 """
 
-import gc
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 from coloss.errors import InputError, suggest_names
 from coloss.lab.arms import build_arm
 from coloss.lab.catalog import find_entry, import_name
+from coloss.lab.isolation import reproducible, settle_memory
 from coloss.lab.loggers import opened_logger
 from coloss.lab.records import ComparisonRecord, ConflictPoint, Cost, HistoryPoint, TrialRecord
 from coloss.lab.tasks import find_task
@@ -91,15 +87,6 @@ def _warmed_up(plan: str, arm_name: str) -> Task:
     return task
 
 
-def settle_memory() -> None:
-    """Keep what is in memory now, mostly imported libraries, out of garbage collection for good.
-
-    Every `fit` collects garbage before it measures memory; searching the libraries each time takes longer than a short training.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 def plan_task(record: ComparisonRecord) -> Task:
     """The task that a stored plan names."""
     return find_task(record.task, **record.options.get("task", {}))
@@ -147,34 +134,6 @@ def claim_task(claim: Claim) -> Task:
         metric=claim.metric,
         direction=claim.direction,
     )
-
-
-@contextmanager
-def reproducible(seed: int) -> Iterator[None]:
-    """Draw all global randomness from a seed and compute on one thread; both are as they were afterwards.
-
-    Sums come out the same on any number of cores that way, in PyTorch and in the libraries under NumPy and scikit-learn.
-
-    Example:
-        >>> with reproducible(3):
-        ...     first = torch.rand(1), np.random.rand()
-        >>> with reproducible(3):
-        ...     first == (torch.rand(1), np.random.rand())
-        True
-    """
-    threads = torch.get_num_threads()
-    plain, array = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with threadpool_limits(1), torch.random.fork_rng():
-            torch.set_num_threads(1)
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(plain)
-        np.random.set_state(array)  # noqa: NPY002
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import copy
 import difflib
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,6 +88,29 @@ class Taps(Mapping[str, Any]):
     def clear(self) -> None:
         """Forgets all values, and so frees the graph that they hold."""
         self._values.clear()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Keeps the present values safe from forward passes inside the block, and puts them back after it.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from coloss.nn import Taps
+            >>> model = nn.Sequential(nn.Identity())
+            >>> taps = Taps(model, {"seen": "0"})
+            >>> _ = model(torch.tensor(1.0))
+            >>> with taps.set_aside():
+            ...     _ = model(torch.tensor(2.0))
+            >>> taps["seen"]
+            tensor(1.)
+        """
+        kept = dict(self._values)
+        try:
+            yield
+        finally:
+            self._values.clear()
+            self._values.update(kept)
 
     def close(self) -> None:
         """Takes every hook out of the model. Values that were read stay readable."""

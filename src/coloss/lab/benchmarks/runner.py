@@ -53,7 +53,7 @@ def run_benchmarks(name: str | None, console: Console) -> list[dict[str, Any]]:
         with Progress(*columns, console=console, transient=True) as bar:
             line = bar.add_task(f"measuring {key}", total=1.0)
             rows = measure(lambda share, bar=bar, line=line: bar.update(line, completed=share))
-        title = measure.__doc__.splitlines()[0]
+        title = (measure.__doc__ or "").partition("\n")[0]
         console.print(f"\n[bold]{key}[/]: {escape(title)}", highlight=False)
         console.print(as_table(rows))
         results += [{"benchmark": key, **row.as_dict(), "machine": here} for row in rows]
@@ -73,7 +73,7 @@ def describe_machine() -> str:
 def as_table(rows: list[Row]) -> Table:
     """The rows as a table for a terminal."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("", min_width=24)
+    table.add_column("", min_width=22)
     for column in ("median", "middle half", "by CPU", "ratio", "limit"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -81,7 +81,7 @@ def as_table(rows: list[Row]) -> Table:
         table.add_row(
             escape(row.case) + (f" [dim]({escape(row.note)})[/]" if row.note else ""),
             f"{_short(row.value)} {escape(row.unit)}" if row.value is not None else "",
-            f"{_short(row.low)} to {_short(row.high)}" if row.low != row.high else "",
+            f"{_short(row.low, 2)} to {_short(row.high, 2)}" if row.low != row.high else "",
             _short(row.cpu),
             f"{_short(row.ratio)} x" if row.ratio is not None else "",
             " ".join(part for part in (limit, _MET[row.met]) if part),
@@ -92,8 +92,8 @@ def as_table(rows: list[Row]) -> Table:
 _MET = {None: "", True: "[green]✓[/]", False: "[red]✗[/]"}
 
 
-def _short(value: float | None) -> str:
-    """Three digits that matter, without an exponent where people do not expect one."""
+def _short(value: float | None, digits: int = 3) -> str:
+    """The digits that matter, without an exponent where people do not expect one."""
     if value is None:
         return ""
-    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.{digits}g}"
