@@ -5,6 +5,7 @@ import pytest
 import torch
 from example_methods import ExtraHead, Shrink
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -325,3 +326,29 @@ def test_the_last_graph_is_gone_before_the_next_grows(data, new_model):
 
     fit(new_model(), data, F.cross_entropy, [Look(), ExtraHead()], budget=Budget(steps=3))
     assert held == [(None, {})] * 3
+
+
+def test_sharded_strategies_are_refused_where_they_would_be_wrong(data, new_model, tmp_path):
+    class Takes(Method):
+        def backward(self, state, terms):
+            state.set_gradients(state.gradients(sum(terms.values())))
+
+    def sharded():
+        fabric = Fabric(accelerator="cpu", devices=1)
+        fabric._strategy = ModelParallelStrategy(lambda module, mesh: module)
+        fabric._strategy._parallel_devices = [torch.device("cpu")]
+        return fabric
+
+    with pytest.raises(
+        InputError, match="checkpoint_dir works on one device and with ddp, not with ModelParallelStrategy"
+    ):
+        fit(
+            new_model(),
+            data,
+            F.cross_entropy,
+            budget=Budget(steps=1),
+            fabric=sharded(),
+            checkpoint_dir=tmp_path,
+        )
+    with pytest.raises(InputError, match="Takes needs whole gradients, which ModelParallelStrategy shards"):
+        fit(new_model(), data, F.cross_entropy, [Takes()], budget=Budget(steps=1), fabric=sharded())

@@ -217,6 +217,7 @@ class _Run:
             given["model"], given["objective"], given["methods"], combine=given["combine"], state=state
         )
         self.state = state
+        _check_strategy(self.fabric, self.step, self.folder)
         self.wrapped = self.fabric.setup(self.step)
         self.step.refresh_trainable()
         if not state.trainable:
@@ -461,6 +462,21 @@ class _Run:
         if self.monitor is not None:
             self.monitor.found[:] = [Conflict(**conflict) for conflict in values["conflicts"]]
         self.last_checkpoint = found[-1]
+
+
+def _check_strategy(fabric: Fabric, step: TrainingStep, folder: Path | None) -> None:
+    """Refuse what sharded weights would silently get wrong."""
+    strategy = type(fabric.strategy).__name__
+    if strategy not in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+        return
+    if folder is not None:
+        raise InputError(
+            f"checkpoint_dir works on one device and with ddp, not with {strategy}: store the weights with fabric.save"
+        )
+    if step.taker is not None:
+        raise InputError(
+            f"{type(step.taker).__name__} needs whole gradients, which {strategy} shards: use strategy ddp"
+        )
 
 
 def _input_conversion(fabric: Fabric, step: TrainingStep) -> Callable[[Batch], Batch]:

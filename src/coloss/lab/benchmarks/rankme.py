@@ -37,21 +37,16 @@ def measure(
     seconds = {name: figures[:, :2] for name, figures in found.items()}
     memory = {name: figures[:, 2] for name, figures in found.items()}
     value = {name: figures[:, 3] for name, figures in found.items()}
-    rows = [Row.of(name, seconds[name], "s", over=seconds[GRAM]) for name in routes]
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    rows = [Row.of(name, seconds[name], "s", over=seconds[GRAM], note=threads) for name in routes]
     rows += [Row.of(f"peak memory: {name}", memory[name], "MB") for name in routes]
-    rows += [
-        Row.of(f"time: {name} / {GRAM}", seconds[name] / seconds[GRAM], "x", **limit)
-        for name, limit in ((SVD64, {"limit": 3.0, "at_least": True}), (SVD32, {}))
-    ]
-    rows += [
-        Row.of(
-            f"relative difference: {name} from {SVD64}",
-            _difference(value[name], value[SVD64]),
-            "",
-            **limit,
-        )
-        for name, limit in ((GRAM, {"limit": 1e-6}), (SVD32, {}))
-    ]
+    rows.append(
+        Row.of(f"time: {SVD64} / {GRAM}", seconds[SVD64] / seconds[GRAM], "x", limit=3.0, at_least=True)
+    )
+    rows.append(Row.of(f"time: {SVD32} / {GRAM}", seconds[SVD32] / seconds[GRAM], "x"))
+    difference = {name: np.abs(value[name] / value[SVD64] - 1) for name in (GRAM, SVD32)}
+    rows.append(Row.of(f"relative difference from {SVD64}: {GRAM}", difference[GRAM], "", limit=1e-6))
+    rows.append(Row.of(f"relative difference from {SVD64}: {SVD32}", difference[SVD32], ""))
     return rows
 
 
@@ -104,7 +99,3 @@ def correlated_embeddings(samples: int, features: int) -> Tensor:
     scale = 1 / torch.arange(1, features + 1)
     rotation = torch.linalg.qr(torch.randn(features, features, generator=generator)).Q
     return (torch.randn(samples, features, generator=generator) * scale) @ rotation
-
-
-def _difference(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    return np.abs(value / reference - 1)
