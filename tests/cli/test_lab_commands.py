@@ -84,6 +84,15 @@ def test_a_budget_in_seconds(coloss, tmp_path):
     assert all(0.5 <= trial.cost.seconds < 0.7 for trial in read_comparison(tmp_path / "a")[1])
 
 
+def test_more_workers_than_cores_are_noted_for_a_budget_in_seconds(coloss, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("coloss.lab.comparison.in_processes", lambda *given: iter(()))
+    arguments = ("compare", "iris", "--methods", "cross-entropy", "--seeds", "1", "--workers", "2")
+    err = coloss(*arguments, "--budget", "1s").err
+    assert err.startswith("coloss: note: 2 workers share 1 cores") and err.count("\n") == 1
+    assert coloss(*arguments, "--budget", "1steps").err == ""
+
+
 def test_the_report_can_be_made_again(coloss, tmp_path):
     assert coloss(*IRIS, "--out", "a").code == 0
     (tmp_path / "a" / "report.html").unlink()

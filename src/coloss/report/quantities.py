@@ -105,11 +105,11 @@ def describe_metric(name: str, values: Iterable[float] = ()) -> Quantity:
     factor = 100.0 if share else 1.0
     spread = factor * (max(finite) - min(finite)) if finite else 0.0
     size = factor * statistics.median(abs(value) for value in finite) if finite else 0.0
-    visible = -math.floor(math.log10(spread)) if spread > 0 else 0
+    visible = -math.floor(math.log10(spread)) if 0 < spread < math.inf else 0
     label = name.replace("_", " ").strip() or "metric"
     if share:
         return Quantity(label, factor, "%", "points", min(max(visible + 1, 1), 2))
-    significant = 3 - math.floor(math.log10(size)) if size > 0 else 3
+    significant = 3 - math.floor(math.log10(size)) if 0 < size < math.inf else 3
     return Quantity(label, factor, decimals=min(max(significant, visible, 0), 6))
 
 
