@@ -9,11 +9,18 @@ from coloss.lab.catalog import FAMILIES, Entry, catalog
 from coloss.report.evidence_figure import difference_svg
 
 DOCS = Path(__file__).parent
-HEADINGS = {"classification": "Classification", "jepa": "Joint-embedding prediction", "openworld": "Open world"}
+HEADINGS = {
+    "classification": "Classification",
+    "jepa": "Joint-embedding prediction",
+    "openworld": "Open world",
+}
 
 
 FLOORS = {
-    "train": ("Training", "The engine, `coloss.train`; the most used names are importable from `coloss` too."),
+    "train": (
+        "Training",
+        "The engine, `coloss.train`; the most used names are importable from `coloss` too.",
+    ),
     "ops": ("Tensor functions", "Floor 0, `coloss.ops`: pure functions on tensors, for any loop."),
     "nn": ("Layers", "Floor 1, `coloss.nn`: layers and small networks that several systems share."),
     "data": ("Data", "Floor 2, `coloss.data`: data sets, samplers, views."),
@@ -46,17 +53,29 @@ def reference(floor: str) -> str:
     title, line = FLOORS[floor]
     stub = (Path(coloss.__file__).parent / floor / "__init__.pyi").read_text()
     found = re.findall(r"from \.(\w+) import \w+ as (\w+)", stub)
-    return "\n".join([f"# {title}", "", line, "", *(f"::: coloss.{floor}.{module}.{name}\n" for module, name in found)])
+    return "\n".join(
+        [f"# {title}", "", line, "", *(f"::: coloss.{floor}.{module}.{name}\n" for module, name in found)]
+    )
 
 
 def index() -> str:
     """The list of all systems with what was measured."""
-    lines = ["# Systems", "", "Every verdict is made by `coloss verify`; none is edited. See [how evidence is made](../evidence.md).", ""]
+    lines = [
+        "# Systems",
+        "",
+        "Every verdict is made by `coloss verify`; none is edited. See [how evidence is made](../evidence.md).",
+        "",
+    ]
     for family in FAMILIES:
         entries = [entry for entry in catalog() if entry.family == family]
         if not entries:
             continue
-        lines += [f"## {HEADINGS.get(family, family.capitalize())}", "", "| system | what it gives you | verdict | measured effect |", "|---|---|---|---|"]
+        lines += [
+            f"## {HEADINGS.get(family, family.capitalize())}",
+            "",
+            "| system | what it gives you | verdict | measured effect |",
+            "|---|---|---|---|",
+        ]
         lines += [f"| [{e.slug}]({e.slug}.md) | {e.summary} | {verdict(e)} | {effect(e)} |" for e in entries]
         lines.append("")
     return "\n".join(lines)
@@ -134,7 +153,7 @@ def measured(entry: Entry) -> list[str]:
         f"{found['baseline']['name']} {found['baseline']['mean']:.4g}; difference {found['difference']:+.4g}, 95% interval {low:+.4g} to "
         f"{high:+.4g}, p = {found['p_value']:.3g} (sign flips), {len(found['seeds'])} paired runs.",
         "",
-        "<div class=\"evidence\">",
+        '<div class="evidence">',
         difference_svg(differences, (low, high)),
         "</div>",
         "",
@@ -142,13 +161,19 @@ def measured(entry: Entry) -> list[str]:
         "|---|" + "---|" * (len(metric_names(found)) + 1),
     ]
     for name, arm in found["arms"].items():
-        cells = [f"{arm['metrics'][m]['mean']:.4g}" if m in arm["metrics"] else "" for m in metric_names(found)]
+        cells = [
+            f"{arm['metrics'][m]['mean']:.4g}" if m in arm["metrics"] else "" for m in metric_names(found)
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} | {arm['seconds']:.1f} |")
     lines.append("")
     if found.get("tried"):
         lines += [f"What was tried: {found['tried']}", ""]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    return [*lines, f"Made on {found['created'][:10]} by `{found['command']}` in {found['seconds']:.0f} s with {versions}.", ""]
+    return [
+        *lines,
+        f"Made on {found['created'][:10]} by `{found['command']}` in {found['seconds']:.0f} s with {versions}.",
+        "",
+    ]
 
 
 def metric_names(found: dict[str, Any]) -> list[str]:

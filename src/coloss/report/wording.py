@@ -52,7 +52,7 @@ def headline(record: ComparisonRecord, rows: Sequence[Row]) -> str:
     better = [row for row in compared if row.verdict == "better"]
     best = better[0] if better else compared[0]
     if best.verdict == "not separable":
-        return _not_separable(record, best, len(methods), quantity)
+        return _not_separable(record, best, methods, quantity)
     amount, evidence = quantity.amount(best.difference), _evidence(best, quantity)
     if better or len(methods) == 1:
         return f"{best.arm} is {amount} {best.verdict} than {record.baseline}{evidence}"
@@ -100,7 +100,7 @@ def _evidence(row: Row, quantity: Quantity) -> str:
     return f": 95% interval {quantity.number(low)} to {quantity.number(high)}, {number}."
 
 
-def _not_separable(record: ComparisonRecord, best: Row, methods: int, quantity: Quantity) -> str:
+def _not_separable(record: ComparisonRecord, best: Row, methods: Sequence[Row], quantity: Quantity) -> str:
     sign = 1 if record.direction == "higher" else -1
     number = len(best.differences)
     gain = sign * (best.difference or 0.0)
@@ -115,7 +115,8 @@ def _not_separable(record: ComparisonRecord, best: Row, methods: int, quantity: 
     low, high = (
         quantity.number(bound, signed=True) for bound in sorted(sign * bound for bound in best.interval)
     )
-    opening = "Not separable" if methods == 1 else "No method is separable from the baseline"
+    word = "better than" if any(row.verdict == "worse" for row in methods) else "separable from"
+    opening = "Not separable" if len(methods) == 1 else f"No method is {word} the baseline"
     return f"{opening} with {seeds(number)}: {lead}, 95% interval {low} to {high}."
 
 

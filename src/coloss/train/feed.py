@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,6 +12,9 @@ from coloss.data.batch import Batch
 from coloss.data.dataset import IndexedDataset
 from coloss.data.loader import Loader
 from coloss.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 class Feed:
@@ -28,7 +30,7 @@ class Feed:
         InputError: if `data` is none of these, or is empty.
     """
 
-    def __init__(self, data: Any, batch_size: int, seed: int, fabric: Fabric):
+    def __init__(self, data: Any, batch_size: int, seed: int, fabric: "Fabric"):
         rank, world_size = fabric.global_rank, fabric.world_size
         self._seed = seed
         self._loader: Any

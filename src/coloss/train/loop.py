@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import Precision
 from torch import Tensor, nn
 
 from coloss.data.batch import Batch
@@ -24,6 +22,9 @@ from coloss.train.method import Method
 from coloss.train.schedules import Schedule, value_at
 from coloss.train.state import State
 from coloss.train.step import Objective, TrainingStep
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -112,7 +113,7 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
-    fabric: Fabric | None = None,
+    fabric: "Fabric | None" = None,
     progress: Callable[[float, dict[str, float]], None] | None = None,
     seed: int = 0,
 ) -> Fit:
@@ -175,6 +176,8 @@ def fit(
         raise InputError(f"evaluate_every must be >= 1, got {evaluate_every}")
     if resume and checkpoint_dir is None:
         raise InputError("resume=True needs checkpoint_dir")
+    from lightning_fabric import Fabric
+
     fabric = fabric or Fabric(accelerator="auto", devices=1)
     with torch.random.fork_rng():
         run = _Run(locals())
@@ -197,6 +200,9 @@ class _Run:
     """One call of `fit`, taken apart so that each piece can be read alone."""
 
     def __init__(self, given: dict[str, Any]):
+        from lightning_fabric.plugins import Precision
+        from lightning_fabric.strategies import SingleDeviceStrategy
+
         started = time.perf_counter()
         self.fabric: Fabric = given["fabric"]
         self.budget: Budget = given["budget"]
@@ -228,7 +234,13 @@ class _Run:
         self.feed = Feed(given["data"], given["batch_size"], seed, self.fabric)
         self.convert = _input_conversion(self.fabric, self.step)
         # Mixed precision guards what the wrapper returns against autograd.grad, which monitors and methods need: it gets views.
-        self.step.returns_views = type(self.fabric.strategy.precision) is not Precision
+        strategy = self.fabric.strategy
+        full_precision = type(strategy.precision) is Precision
+        self.step.returns_views = not full_precision
+        # With one process in full precision the wrapper has nothing to do, and costs as much as a small network's forward pass.
+        self.forward = (
+            self.step if full_precision and type(strategy) is SingleDeviceStrategy else self.wrapped
+        )
         self.manual_sync = self.step.taker is not None and self.fabric.world_size > 1
         torch.manual_seed((seed + 1) * 7_368_787 + rank)
         self.done = _Progress()
@@ -327,7 +339,7 @@ class _Run:
         self.raw_optimizer.zero_grad()
 
     def _forward_and_backward(self) -> None:
-        self.wrapped()
+        self.forward()
         terms = self.state.terms
         self._before_backward(terms)
         self.step.backward(terms)
@@ -464,7 +476,7 @@ class _Run:
         self.last_checkpoint = found[-1]
 
 
-def _check_strategy(fabric: Fabric, step: TrainingStep, folder: Path | None) -> None:
+def _check_strategy(fabric: "Fabric", step: TrainingStep, folder: Path | None) -> None:
     """Refuse what sharded weights would silently get wrong."""
     strategy = type(fabric.strategy).__name__
     if strategy not in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
@@ -479,8 +491,10 @@ def _check_strategy(fabric: Fabric, step: TrainingStep, folder: Path | None) -> 
         )
 
 
-def _input_conversion(fabric: Fabric, step: TrainingStep) -> Callable[[Batch], Batch]:
+def _input_conversion(fabric: "Fabric", step: TrainingStep) -> Callable[[Batch], Batch]:
     """How a batch reaches device and precision; nothing is done where nothing is needed."""
+    from lightning_fabric.plugins import Precision
+
     precision = fabric.strategy.precision
     if getattr(precision, "scaler", None) is not None and (step.taker is not None or step._gradient_hooks):
         raise InputError(
