@@ -6,7 +6,7 @@ from collections.abc import Iterable
 class ColossError(ValueError):
     """The root of every error that coloss defines; also a `ValueError`, so plain callers need not know it.
 
-    Example:
+    Examples:
         >>> issubclass(ColossError, ValueError)
         True
     """
@@ -15,7 +15,7 @@ class ColossError(ValueError):
 class InputError(ColossError):
     """Something the user gave is wrong: a name, a file, an option. A command ends with exit code 2 on it.
 
-    Example:
+    Examples:
         >>> raise InputError("limit must be >= 1, got 0")
         Traceback (most recent call last):
         ...
@@ -26,7 +26,7 @@ class InputError(ColossError):
 class UnknownNameError(InputError):
     """A name that nothing answers to; the message proposes the names that come close.
 
-    Example:
+    Examples:
         >>> raise UnknownNameError(
         ...     "no data set is called 'digit'" + suggest_names("digit", ["digits", "wine"])
         ... )
@@ -39,7 +39,7 @@ class UnknownNameError(InputError):
 class DataNotFoundError(InputError, FileNotFoundError):
     """A data file that is not on this machine; the message names the file, the folder and where to get it.
 
-    Example:
+    Examples:
         >>> issubclass(DataNotFoundError, FileNotFoundError)
         True
     """
@@ -56,7 +56,7 @@ def suggest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     Returns:
         `"; did you mean 'digits'?"`, or an empty text if nothing comes close.
 
-    Example:
+    Examples:
         >>> suggest_names("mnst", ["mnist", "fashion-mnist", "adult"])
         "; did you mean 'mnist'?"
         >>> suggest_names("zebra", ["mnist"])

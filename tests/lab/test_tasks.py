@@ -18,7 +18,8 @@ from coloss.lab.tasks import content_hash, default_model, metric_direction
 @pytest.mark.parametrize(
     ("name", "kind", "arms", "metric"),
     [
-        ("digits", "classification", ["cross-entropy", "trp", "dhkd"], "accuracy"),
+        ("digits", "classification", ["cross-entropy", "trp"], "accuracy"),
+        ("iris", "classification", ["cross-entropy", "dhkd"], "accuracy"),
         ("diabetes", "regression", ["mean-squared-error", "trp"], "mse"),
         ("reuters", "multilabel", ["binary-cross-entropy", "trp"], "average_precision"),
         ("cranfield", "retrieval", ["info-nce", "trp"], "mrr"),

@@ -110,7 +110,7 @@ def _print_block(console: Console, text: str) -> None:
 def commands(entry: Entry) -> list[str]:
     """What can be typed about a system.
 
-    Example:
+    Examples:
         >>> commands(find_entry("trp"))
         ['coloss compare digits --methods cross-entropy,trp', 'coloss verify trp']
     """

@@ -62,7 +62,7 @@ def progress_bar(trials: int) -> Iterator[Any]:
 def plain_json(value: Any) -> Any:
     """A value as strict JSON takes it: NaN and infinities become null.
 
-    Example:
+    Examples:
         >>> plain_json({"mean": float("nan"), "values": {0: 1.0}})
         {'mean': None, 'values': {'0': 1.0}}
     """

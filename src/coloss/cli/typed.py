@@ -27,7 +27,7 @@ def remembered(arguments: Sequence[str]) -> Iterator[None]:
 def typed_command() -> str:
     """The running command, as a person would type it again.
 
-    Example:
+    Examples:
         >>> with remembered(["compare", "my data.csv"]):
         ...     typed_command()
         "coloss compare 'my data.csv'"

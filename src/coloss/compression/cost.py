@@ -23,7 +23,7 @@ def multiply_adds_per_position(layer: nn.Module) -> int:
     Raises:
         ValueError: for anything else.
 
-    Example:
+    Examples:
         >>> multiply_adds_per_position(nn.Conv2d(3, 8, 3)), multiply_adds_per_position(nn.Linear(10, 4))
         (216, 40)
         >>> multiply_adds_per_position(nn.Sequential(nn.Conv1d(2, 4, 3), nn.Conv1d(4, 4, 1, stride=2)))
@@ -52,7 +52,7 @@ def multiply_adds(model: nn.Module, inputs: Any) -> int:
         model: any network.
         inputs: what it takes; the count is for this whole batch.
 
-    Example:
+    Examples:
         >>> import torch
         >>> multiply_adds(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.rand(1, 3, 10, 10))
         21600

@@ -100,7 +100,7 @@ def decompose(
     Source:
         Xu et al. 2020 (TRP), arXiv 2004.14566, section 3.
 
-    Example:
+    Examples:
         >>> layer = nn.Conv2d(16, 32, 3, padding=1)
         >>> thin = decompose(layer, "channel", rank=4)
         >>> [tuple(part.weight.shape) for part in thin]
@@ -143,7 +143,7 @@ def decompose_model(
         InputError: if there is no such layer, it cannot be factorised, or a rank is missing.
         ValueError: unless exactly one criterion is given and in its range.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1))
         >>> [found] = decompose_model(model, rank=3)
         >>> found.path, found.rank, found.multiply_adds_before, found.multiply_adds_after
@@ -207,7 +207,7 @@ def select_layers(
         InputError: if a path does not exist or its layer cannot be factorised, or the rule finds nothing; the
             message says what was looked for.
 
-    Example:
+    Examples:
         >>> from coloss.nn import MLP, Classifier, ConvNet
         >>> list(select_layers(Classifier(ConvNet(1, (8, 8, 8)), 10)))
         ['backbone.stages.1.0', 'backbone.stages.2.0']
@@ -260,7 +260,7 @@ def refresh_batch_norm(model: nn.Module, data: Any, batch_size: int = 256) -> No
     Raises:
         InputError: if the model has no batch normalisation with running statistics, or data no batch.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.BatchNorm1d(1))
         >>> refresh_batch_norm(model, torch.tensor([[1.0], [3.0]]))
         >>> model[0].running_mean, model[0].running_var

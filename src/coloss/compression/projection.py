@@ -11,7 +11,7 @@ from coloss.ops.spectral import Scheme
 def low_rank_matrix(svd: TruncatedSVD) -> Float[Tensor, "*batch rows columns"]:
     """The matrix that a truncated singular value decomposition stands for, `U diag(S) Vh`.
 
-    Example:
+    Examples:
         >>> low_rank_matrix(truncated_svd(torch.diag(torch.tensor([3.0, 1.0])), rank=1)).abs().tolist()
         [[3.0, 0.0], [0.0, 0.0]]
     """
@@ -40,7 +40,7 @@ def low_rank_weight(
     Raises:
         ValueError: for a scheme that does not fit the weight, or a criterion out of range.
 
-    Example:
+    Examples:
         >>> torch.linalg.matrix_rank(low_rank_weight(torch.randn(8, 4, 3, 3), rank=2).flatten(1)).item()
         2
     """
@@ -53,7 +53,7 @@ def nuclear_subgradient(svd: TruncatedSVD) -> Float[Tensor, "*batch rows columns
 
     Singular values at rounding error count as zero, so that a zero matrix has a zero sub-gradient.
 
-    Example:
+    Examples:
         >>> nuclear_subgradient(truncated_svd(torch.diag(torch.tensor([3.0, 1.0])), rank=1)).tolist()
         [[1.0, 0.0], [0.0, 0.0]]
     """
@@ -74,7 +74,7 @@ def tangent_component(
         matrix: a momentum, or any direction.
         svd: of the low-rank matrix, of the same size.
 
-    Example:
+    Examples:
         >>> svd = truncated_svd(torch.diag(torch.tensor([3.0, 1.0])), rank=1)
         >>> tangent_component(torch.ones(2, 2), svd).tolist()
         [[1.0, 1.0], [1.0, 0.0]]

@@ -80,7 +80,7 @@ def nuclear_norm_loss(
     Cost:
         One SVD for each layer and call.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
         >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([3.0, 1.0])))
         >>> nuclear_norm_loss(model, layers="0").item()
@@ -124,7 +124,7 @@ class TrainedRankPruning(Method):
     Source:
         Xu et al. 2020, arXiv 2004.14566, algorithm 1.
 
-    Example:
+    Examples:
         >>> import coloss
         >>> from coloss.nn import MLP
         >>> inputs = torch.randn(64, 8)

@@ -18,7 +18,7 @@ class Batch:
         ids: int64 (batch), the stable number of each sample in its data set; None if unknown.
         extras: anything else by name: views, masks, mixing weights, second labels.
 
-    Example:
+    Examples:
         >>> batch = Batch(torch.zeros(4, 3), torch.arange(4))
         >>> len(batch), batch.ids, batch.extras
         (4, None, {})
@@ -40,7 +40,7 @@ class Batch:
         Raises:
             ValueError: if it is none of these.
 
-        Example:
+        Examples:
             >>> Batch.of((torch.zeros(2, 3), torch.tensor([0, 1]))).targets
             tensor([0, 1])
             >>> sorted(Batch.of({"inputs": torch.zeros(2, 3), "mask": torch.ones(2)}).extras)
@@ -73,7 +73,7 @@ class Batch:
         Returns:
             a new `Batch`; tensors that are there already are shared, what is no tensor is kept.
 
-        Example:
+        Examples:
             >>> Batch((torch.zeros(2), torch.ones(2))).to("cpu").inputs[1]
             tensor([1., 1.])
         """

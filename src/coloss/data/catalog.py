@@ -31,7 +31,7 @@ class DatasetInfo:
         size: of the file in bytes; None if embedded.
         member: which part of a file that holds several sets.
 
-    Example:
+    Examples:
         >>> DATASETS["cifar10"].samples
         '6,000 train + 2,000 test'
     """
@@ -82,7 +82,7 @@ def dataset_info(name: str) -> DatasetInfo:
     Raises:
         UnknownNameError: if no data set has this name; close names are proposed.
 
-    Example:
+    Examples:
         >>> dataset_info("iris").shape
         '4 columns'
         >>> dataset_info("iriss")
@@ -102,7 +102,7 @@ def data_directory() -> Path:
     It is `$COLOSS_DATA` if that is set; else `shared/data` beside the project's checkout when coloss runs from one that has such
     a neighbour; else `~/.cache/coloss`.
 
-    Example:
+    Examples:
         >>> isinstance(data_directory(), Path)
         True
     """
@@ -127,7 +127,7 @@ def locate(name: str) -> Path:
         InputError: if the set is embedded in scikit-learn and has no file.
         DataNotFoundError: if the file is not there; the message says where it was looked for and how to get it.
 
-    Example:
+    Examples:
         >>> locate("iris")
         Traceback (most recent call last):
         ...

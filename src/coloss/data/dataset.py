@@ -31,7 +31,7 @@ class IndexedDataset(Dataset):
     Raises:
         ValueError: if the first dimensions differ, or ids repeat.
 
-    Example:
+    Examples:
         >>> dataset = IndexedDataset(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0]))
         >>> dataset[1]
         (tensor([2., 3.]), tensor(1), tensor(1))
@@ -94,7 +94,7 @@ class IndexedDataset(Dataset):
         Args:
             indices: int64 (batch), positions (not ids); may repeat.
 
-        Example:
+        Examples:
             >>> IndexedDataset(torch.arange(3.0), ids=[7, 8, 9]).take(torch.tensor([2, 0])).ids
             tensor([9, 7])
         """
@@ -116,7 +116,7 @@ class IndexedDataset(Dataset):
     def all(self) -> Batch:
         """Every sample in order as one batch that shares the memory of the set.
 
-        Example:
+        Examples:
             >>> len(IndexedDataset(torch.zeros(3, 2)).all())
             3
         """
@@ -128,7 +128,7 @@ class IndexedDataset(Dataset):
         Args:
             indices: int64 positions without repeats.
 
-        Example:
+        Examples:
             >>> IndexedDataset(torch.arange(4.0)).subset(torch.tensor([3, 1])).inputs
             tensor([3., 1.])
         """
@@ -138,7 +138,7 @@ class IndexedDataset(Dataset):
     def to(self, device: torch.device | str | int) -> "IndexedDataset":
         """Same data set on a device, so that batches are cut there and nothing is copied at each step.
 
-        Example:
+        Examples:
             >>> IndexedDataset(torch.zeros(2, 3)).to("cpu").inputs.device
             device(type='cpu')
         """
@@ -156,7 +156,7 @@ class Standardization:
         target_mean: of a regression target; 0 if the target was left as it is.
         target_scale: likewise 1.
 
-    Example:
+    Examples:
         >>> Standardization(None, None, target_mean=50.0, target_scale=10.0).restore_targets(
         ...     torch.tensor([0.0, 1.5])
         ... )
@@ -198,7 +198,7 @@ class Splits:
         standardize: what was shifted and scaled, or None if nothing was.
         description: one line on what was done to the data.
 
-    Example:
+    Examples:
         >>> from coloss.data import load
         >>> splits = load("iris")
         >>> splits.kind, splits.input_shape, splits.num_classes, len(splits.train)
@@ -241,7 +241,7 @@ class RetrievalSplits:
         description: one line on what was done to the data.
         kind: always `retrieval`.
 
-    Example:
+    Examples:
         >>> pairs = IndexedDataset((torch.eye(2), torch.eye(2)), extras={"query": [0, 1], "document": [0, 1]})
         >>> none, some = torch.zeros(0, 2), torch.eye(2)
         >>> splits = RetrievalSplits("toy", pairs, some, some, some > 0, none, none > 0, none, none > 0, (2,))

@@ -34,7 +34,7 @@ def labelled_file(path: Path, target: str | None = None, kind: str | None = None
         DataNotFoundError: if there is nothing at the path.
         InputError: if it cannot be read or learnt from; the message says what to mend.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "points.npz"
         >>> np.savez(path, x=np.random.default_rng(0).normal(size=(20, 3)), y=np.arange(20) % 2)
@@ -63,7 +63,7 @@ def labelled_arrays(arrays: dict[str, NDArray], name: str, kind: str | None = No
     Raises:
         InputError: for missing fields, shapes that do not fit, or values that cannot be learnt from.
 
-    Example:
+    Examples:
         >>> arrays = {"x": np.zeros((12, 8, 8), np.uint8), "y": np.arange(12) % 3}
         >>> labelled_arrays(arrays, "pictures.npz").form
         'image'

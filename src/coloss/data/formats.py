@@ -33,7 +33,7 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
         DataNotFoundError: if there is no such file.
         InputError: if it is broken, or holds pickled objects, which are never read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "points.npz"
         >>> np.savez(path, x=np.zeros(3))
@@ -61,7 +61,7 @@ def read_table(path: Path) -> pd.DataFrame:
         DataNotFoundError: if there is no such file.
         InputError: if it is broken or empty.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "people.csv"
         >>> path.write_text("age,target\\n31,yes\\n")
@@ -91,7 +91,7 @@ def read_text(path: Path) -> str:
         DataNotFoundError: if there is no such file.
         InputError: if it is broken.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "poem.txt.gz"
         >>> _ = path.write_bytes(gzip.compress(b"To be"))
@@ -115,7 +115,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         DataNotFoundError: if there is no such file.
         InputError: if it is broken.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
         >>> _ = path.write_text('{"id": 1}\\n{"id": 2}\\n')

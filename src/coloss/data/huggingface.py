@@ -31,7 +31,7 @@ def labelled_from_hub(address: str, target: str | None = None, kind: str | None 
         InputError: if the package `datasets` is missing, or the data cannot be fetched or learnt from.
         DataNotFoundError: if the file is not there.
 
-    Example:
+    Examples:
         >>> labelled_from_hub("hf:")
         Traceback (most recent call last):
         ...

@@ -37,7 +37,7 @@ def labelled_images(folder: Path) -> Labelled:
     Raises:
         InputError: if there are no images, one class only, or an image cannot be read; the message names it.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> for label, shade in [("dark", 20), ("light", 230)]:
@@ -88,7 +88,7 @@ class LazyImages:
     Raises:
         InputError: if one cannot be read.
 
-    Example:
+    Examples:
         >>> LazyImages([Image.new("RGB", (4, 6)), Image.new("L", (9, 9))])[np.array([1])].shape
         (1, 64, 64, 3)
     """

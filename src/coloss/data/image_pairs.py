@@ -20,7 +20,7 @@ def halves(splits: Splits) -> Splits:
     Raises:
         ValueError: if the inputs are no images of even height.
 
-    Example:
+    Examples:
         >>> from coloss.data import load
         >>> top, bottom = halves(load("digits", limit=20)).train.inputs
         >>> top.shape, bottom.shape

@@ -22,7 +22,7 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     Raises:
         ValueError: if one is negative.
 
-    Example:
+    Examples:
         >>> draws = [torch.rand(1, generator=epoch_generator(0, epoch)).item() for epoch in (3, 3, 4)]
         >>> draws[0] == draws[1], draws[0] == draws[2]
         (True, False)
@@ -60,7 +60,7 @@ class Loader:
     Cost: 10 to 15 microseconds for 64 images of 8 x 8 on one CPU core, as much as `inputs[i], targets[i]` in a plain loop; a torch
         `DataLoader` over the same tensors took 28 times as long.
 
-    Example:
+    Examples:
         >>> loader = Loader(IndexedDataset(torch.arange(5.0)), batch_size=2, shuffle=False)
         >>> [batch.inputs.tolist() for batch in loader]
         [[0.0, 1.0], [2.0, 3.0], [4.0]]
@@ -104,7 +104,7 @@ class Loader:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that `for batch in loader` shows; it does not move on by itself.
 
-        Example:
+        Examples:
             >>> loader = Loader(IndexedDataset(torch.arange(9.0)), batch_size=9)
             >>> first = next(iter(loader)).ids
             >>> loader.set_epoch(1)
@@ -122,7 +122,7 @@ class Loader:
             epoch: >= 0, decides the order together with the seed.
             skip: batches that were seen already, >= 0.
 
-        Example:
+        Examples:
             >>> loader = Loader(IndexedDataset(torch.arange(6.0)), batch_size=2, seed=3)
             >>> all_of_them, rest = list(loader.batches(5)), list(loader.batches(5, skip=1))
             >>> [torch.equal(a.ids, b.ids) for a, b in zip(all_of_them[1:], rest, strict=True)]

@@ -56,7 +56,7 @@ def load(
         DataNotFoundError: if the file is not there.
         InputError: if the data cannot be read or learnt from, or are not supervised (`load_raw` gives those as they are).
 
-    Example:
+    Examples:
         >>> splits = load("digits", limit=100)
         >>> splits.train.inputs.shape, splits.num_classes
         (torch.Size([100, 1, 8, 8]), 10)

@@ -77,7 +77,7 @@ def prepare(
     Raises:
         InputError: if a part would be empty.
 
-    Example:
+    Examples:
         >>> rows = Labelled(
         ...     "toy",
         ...     "classification",

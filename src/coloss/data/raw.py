@@ -28,7 +28,7 @@ def load_raw(name: str) -> dict[str, Any]:
         DataNotFoundError: if its file is not there.
         InputError: if its file is broken.
 
-    Example:
+    Examples:
         >>> {field: array.shape for field, array in load_raw("iris").items()}
         {'x': (150, 4), 'y': (150,), 'feature_names': (4,), 'class_names': (3,)}
     """

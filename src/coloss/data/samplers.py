@@ -39,7 +39,7 @@ class ClassBalancedSampler:
     Raises:
         ValueError: if there are no targets, or `batch_size` < 1.
 
-    Example:
+    Examples:
         >>> sampler = ClassBalancedSampler(torch.tensor([0] * 9 + [1]), batch_size=4)
         >>> batches = list(sampler.batches(torch.Generator().manual_seed(0)))
         >>> len(batches), [int((batch == 9).sum()) for batch in batches]
@@ -86,7 +86,7 @@ class MPerClassSampler:
     Raises:
         ValueError: for values out of range.
 
-    Example:
+    Examples:
         >>> targets = torch.arange(5).repeat_interleave(4)
         >>> sampler = MPerClassSampler(targets, classes_per_batch=2, samples_per_class=3)
         >>> batch = next(sampler.batches(torch.Generator().manual_seed(0)))
@@ -148,7 +148,7 @@ class EpisodeSampler:
     Raises:
         ValueError: for values out of range, or if fewer than `ways` classes have enough samples.
 
-    Example:
+    Examples:
         >>> targets = torch.arange(6).repeat_interleave(5)
         >>> sampler = EpisodeSampler(targets, ways=3, shots=1, queries=2, episodes=10)
         >>> batch = next(sampler.batches(torch.Generator().manual_seed(0)))

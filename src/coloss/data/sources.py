@@ -34,7 +34,7 @@ def labelled(name: str, target: str | None = None) -> Labelled:
     Raises:
         InputError: if it has no such target.
 
-    Example:
+    Examples:
         >>> labelled("iris").class_names
         ('setosa', 'versicolor', 'virginica')
     """

@@ -19,7 +19,7 @@ def mel_filters(bands: int, bins: int, rate: float) -> Float[Tensor, "bands bins
 
     Source: Stevens, Volkmann, Newman, A scale for the measurement of the psychological magnitude pitch, 1937 (formula of O'Shaughnessy, 1987).
 
-    Example:
+    Examples:
         >>> mel_filters(bands=4, bins=65, rate=8000.0).shape
         torch.Size([4, 65])
     """
@@ -56,7 +56,7 @@ def log_mel_spectrogram(
     Returns:
         (batch, 1, bands, 1 + samples // hop), decibels.
 
-    Example:
+    Examples:
         >>> tone = torch.sin(2 * torch.pi * 1000 * torch.arange(8000) / 8000)
         >>> spectrogram = log_mel_spectrogram(tone[None], rate=8000.0)
         >>> spectrogram.shape

@@ -47,7 +47,7 @@ def split_rows(
     Raises:
         InputError: if seed < 0 or limit < 1.
 
-    Example:
+    Examples:
         >>> [len(rows) for rows in split_rows(np.repeat([0, 1], 10), None, 20, seed=0)]
         [12, 4, 4]
     """
@@ -76,7 +76,7 @@ def split_rows(
 def part_numbers(names: Sequence[str] | NDArray) -> NDArray[np.int64] | None:
     """Part number of each row from a column of part names, or None if the column holds anything else.
 
-    Example:
+    Examples:
         >>> part_numbers(["train", "dev", "test"])
         array([0, 1, 2])
         >>> part_numbers(["train", "yes"]) is None

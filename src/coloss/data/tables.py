@@ -50,7 +50,7 @@ def labelled_table(
         InputError: for an unknown target, missing or infinite values, a single class, fewer than 10 rows, or a column that is neither
             number, category nor sentence.
 
-    Example:
+    Examples:
         >>> table = pd.DataFrame(
         ...     {"age": range(12), "city": ["Rome", "Oslo"] * 6, "target": ["yes", "no", "no"] * 4}
         ... )
@@ -96,7 +96,7 @@ def encode_targets(
     Raises:
         InputError: if nothing can be learnt from it: one class, a constant, missing values, words for a regression.
 
-    Example:
+    Examples:
         >>> encode_targets(np.array(["b", "a", "b"]), "y")
         ('classification', array([1, 0, 1]), ('a', 'b'))
         >>> encode_targets(np.array([0.5, 0.25, 2.0]), "y")[0]
@@ -154,7 +154,7 @@ def require_rows(count: int, name: str) -> None:
     Raises:
         InputError: if there are fewer than `FEWEST_ROWS`.
 
-    Example:
+    Examples:
         >>> require_rows(3, "people.csv")
         Traceback (most recent call last):
         ...

@@ -27,7 +27,7 @@ class TextEncoder:
         encode: takes a list of texts, returns an array (texts, features).
         feature_names: of the features, or None.
 
-    Example:
+    Examples:
         >>> TextEncoder(lambda texts: np.array([[len(text)] for text in texts]))(["one", "three"])
         array([[3.],
                [5.]], dtype=float32)
@@ -81,7 +81,7 @@ def fit_text_encoder(
 
     Source: scikit-learn's `TfidfVectorizer` and `HashingVectorizer`.
 
-    Example:
+    Examples:
         >>> encoder = fit_text_encoder(["a red fox", "a red hen"])
         >>> encoder.feature_names
         ('fox', 'hen', 'red', 'red fox', 'red hen')
@@ -131,7 +131,7 @@ def import_callable(path: str) -> Callable[..., Any]:
     Raises:
         InputError: if the path is malformed, the module or the name is not there, or it cannot be called.
 
-    Example:
+    Examples:
         >>> import_callable("math:hypot")(3, 4)
         5.0
         >>> import_callable("math:hipot")

@@ -23,7 +23,7 @@ class MultiView:
     Raises:
         ValueError: if there are none.
 
-    Example:
+    Examples:
         >>> def shifted(inputs, generator):
         ...     return inputs + torch.rand(1, generator=generator)
         >>> one, two = MultiView([shifted, shifted])(torch.zeros(3), torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def random_views(
 
     Source: kornia.augmentation; the composition follows Chen et al. 2020 (SimCLR), arXiv 2002.05709, section 3.
 
-    Example:
+    Examples:
         >>> images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         >>> views = random_views(images, count=2, generator=torch.Generator().manual_seed(1))
         >>> views.shape
@@ -131,7 +131,7 @@ def seeded_globally(generator: torch.Generator | None, device: torch.device | st
         generator: decides the seed.
         device: where the code runs.
 
-    Example:
+    Examples:
         >>> with seeded_globally(torch.Generator().manual_seed(0)):
         ...     first = torch.rand(2)
         >>> with seeded_globally(torch.Generator().manual_seed(0)):
@@ -218,7 +218,7 @@ def small_image_views(
 
     Source: the augmentations are those of the digits experiment with LeJEPA (Balestriero, LeCun 2025, arXiv 2511.08544).
 
-    Example:
+    Examples:
         >>> images = torch.ones(5, 1, 8, 8)
         >>> small_image_views(images, views=4, generator=torch.Generator().manual_seed(0)).shape
         torch.Size([4, 5, 1, 8, 8])
@@ -283,7 +283,7 @@ def vector_views(
     Raises:
         ValueError: if a range is violated.
 
-    Example:
+    Examples:
         >>> vectors = torch.ones(3, 10)
         >>> views = vector_views(
         ...     vectors, generator=torch.Generator().manual_seed(0), noise=0.0, scaling=0.0, masking=0.5
@@ -319,7 +319,7 @@ def series_views(
     Raises:
         ValueError: if a range is violated.
 
-    Example:
+    Examples:
         >>> views = series_views(
         ...     torch.ones(3, 2, 10), generator=torch.Generator().manual_seed(0), noise=0.0, scaling=0.0
         ... )

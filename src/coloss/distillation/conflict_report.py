@@ -29,7 +29,7 @@ class Agreement:
         mean_cosine: from -1 (opposed) to 1 (the same direction); NaN if nothing is trained at that place.
         share_in_conflict: share of the batches with a negative cosine; likewise NaN.
 
-    Example:
+    Examples:
         >>> Agreement.of([0.5, -0.25])
         Agreement(mean_cosine=0.125, share_in_conflict=0.5)
     """
@@ -76,7 +76,7 @@ class ConflictReport:
     def recommendation(self) -> str:
         """One sentence that says what to use, and the numbers it follows from.
 
-        Example:
+        Examples:
             >>> agree, oppose = Agreement(0.4, 0.0), Agreement(-0.3, 0.9)
             >>> print(ConflictReport(oppose, agree, agree, batches=20).recommendation)
             Use a second head without gradient alignment: mean cosine -0.30 on the classifier, conflict in 0% of batches in the backbone.
@@ -133,7 +133,7 @@ def conflict_report(
 
     Cost: for each batch one forward pass of both networks and two backward passes.
 
-    Example:
+    Examples:
         >>> from coloss.nn import MLP, Classifier
         >>> student, teacher = Classifier(MLP(4, [8]), 3), MLP(4, [64], 3)
         >>> data = (torch.randn(128, 4), torch.randint(3, (128,)))
@@ -171,7 +171,7 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
     Raises:
         InputError: if it is another kind of module.
 
-    Example:
+    Examples:
         >>> linear_at(nn.Sequential(nn.ReLU(), nn.Linear(2, 3)), "1").out_features
         3
     """

@@ -80,7 +80,7 @@ def auxiliary_head(
     Raises:
         ValueError: for an unknown kind or a value out of range.
 
-    Example:
+    Examples:
         >>> auxiliary_head(8, 10)(torch.randn(4, 8)).shape
         torch.Size([4, 10])
     """
@@ -123,7 +123,7 @@ class DualHead(nn.Module):
     Raises:
         ValueError: for a value out of range.
 
-    Example:
+    Examples:
         >>> head = DualHead(8, 10)
         >>> main, auxiliary = head(torch.randn(4, 8))
         >>> head.eval()(torch.randn(4, 8)).shape, head.export()
@@ -184,7 +184,7 @@ class DualHeadDistillation(Method):
 
     Source: Yang et al., 2024, arXiv 2411.08937.
 
-    Example:
+    Examples:
         >>> import coloss
         >>> student, teacher = Classifier(MLP(4, [8]), 3), MLP(4, [64], 3)
         >>> data = (torch.randn(64, 4), torch.randint(3, (64,)))

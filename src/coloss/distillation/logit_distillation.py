@@ -38,7 +38,7 @@ class LogitDistillation(Method):
 
     Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
 
-    Example:
+    Examples:
         >>> import torch, coloss
         >>> data = (torch.randn(32, 4), torch.randint(3, (32,)))
         >>> teacher = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))

@@ -30,7 +30,7 @@ class TeacherLogits(nn.Module):
         InputError: if not exactly one of `teacher` and `table` is given, or the table is no float matrix; from `forward`, if the
             network gives no tensor, or the batch has no ids, or ids without a row.
 
-    Example:
+    Examples:
         >>> table = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
         >>> batch = Batch(inputs=torch.zeros(3, 8), ids=torch.tensor([1, 0, 0]))
         >>> TeacherLogits(table=table, center=True)(batch)
@@ -92,7 +92,7 @@ def tabulate_teacher_logits(
         One row for each id from 0 to the largest, on the CPU; NaN where the data set has no such id, so that a missing sample
         cannot pass unnoticed.
 
-    Example:
+    Examples:
         >>> dataset = IndexedDataset(torch.tensor([[1.0], [2.0]]), ids=[2, 0])
         >>> tabulate_teacher_logits(nn.Identity(), dataset).flatten().tolist()
         [2.0, nan, 1.0]

@@ -23,7 +23,7 @@ def digits_task(budget: Budget) -> Task:
     Args:
         budget: of each arm.
 
-    Example:
+    Examples:
         >>> splits = digits_task(Budget(steps=1)).load(0)
         >>> (
         ...     len(splits.train),

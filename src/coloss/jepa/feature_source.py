@@ -22,7 +22,7 @@ class FeatureSource:
     Raises:
         InputError: from `setup`, if the path names no module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import MLP, Classifier
         >>> state = State(Classifier(MLP(4, [8]), 3), objective=nn.functional.cross_entropy)
@@ -87,7 +87,7 @@ def second_look(state: State) -> Iterator[None]:
     Args:
         state: of the run; its model may be called inside.
 
-    Example:
+    Examples:
         >>> import torch
         >>> state = State(nn.BatchNorm1d(2), outputs="of the batch")
         >>> with second_look(state):

@@ -84,7 +84,7 @@ def invariance_loss(
     Source:
         LeJEPA, arXiv 2511.08544, section 5.
 
-    Example:
+    Examples:
         >>> invariance_loss(torch.tensor([[[0.0, 1.0]], [[2.0, 1.0]]]))
         tensor(0.5000)
     """
@@ -124,7 +124,7 @@ class SIGReg(nn.Module):
     Source:
         LeJEPA, arXiv 2511.08544, definition 2 and algorithm 1; quadrature on [0, 3] with 17 knots as in the authors' library.
 
-    Example:
+    Examples:
         >>> sigreg = SIGReg(num_slices=256)
         >>> normal = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
         >>> bool(sigreg(normal) < 2), sigreg(torch.zeros(512, 8)) / 512
@@ -199,7 +199,7 @@ def lejepa_loss(
     Source:
         LeJEPA, arXiv 2511.08544, section 5.
 
-    Example:
+    Examples:
         >>> loss, terms = lejepa_loss(torch.randn(4, 64, 16), sigreg=SIGReg(64))
         >>> bool(loss == 0.95 * terms["invariance"] + 0.05 * terms["sigreg"])
         True
@@ -248,7 +248,7 @@ class LeJEPA(Method):
     Source:
         LeJEPA, arXiv 2511.08544.
 
-    Example:
+    Examples:
         >>> import coloss
         >>> from coloss.nn import MLP
         >>> images = torch.rand(64, 1, 8, 8)

@@ -34,7 +34,7 @@ def encoder_for_shape(input_shape: Sequence[int]) -> nn.Module:
     Raises:
         InputError: for any other shape.
 
-    Example:
+    Examples:
         >>> encoder_for_shape((1, 8, 8))(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 128])
     """
@@ -57,7 +57,7 @@ def load_encoder(folder: str | Path) -> nn.Module:
     Raises:
         InputError: if a file is missing or damaged.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = pretrain_lejepa("iris", folder, budget=Budget(steps=2))
@@ -104,7 +104,7 @@ def pretrain_lejepa(
     Source:
         Balestriero, LeCun, 2025 (LeJEPA), arXiv 2511.08544.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> metrics = pretrain_lejepa("iris", tempfile.mkdtemp(), budget=Budget(steps=2))
         >>> sorted(name for name in metrics if "knn" in name)

@@ -20,7 +20,7 @@ def projection_head(in_features: int, widths: Sequence[int]) -> nn.Sequential:
     Raises:
         ValueError: for no width or one below 1.
 
-    Example:
+    Examples:
         >>> projection_head(64, (128, 16))[-1]
         Linear(in_features=128, out_features=16, bias=True)
     """

@@ -20,7 +20,7 @@ from coloss.train.state import State
 class CollapseWarning(UserWarning):
     """Embeddings use few directions, or hardly differ; the message holds the numbers.
 
-    Example:
+    Examples:
         >>> issubclass(CollapseWarning, UserWarning)
         True
     """
@@ -63,7 +63,7 @@ class EffectiveRankMonitor(Method):
     Source:
         Garrido et al., 2023 (RankMe), arXiv 2210.02885; Chen and He 2021 (SimSiam), arXiv 2011.10566, for the spread.
 
-    Example:
+    Examples:
         >>> monitor = EffectiveRankMonitor()
         >>> for _ in range(4):
         ...     monitor.update(torch.randn(100, 8))

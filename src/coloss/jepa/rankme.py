@@ -68,7 +68,7 @@ def rankme(embeddings: Embeddings, eps: float = 1e-7, center: bool = False) -> F
     Source:
         Garrido et al., 2023, arXiv 2210.02885, equation 1; Roy, Vetterli 2007 for the effective rank.
 
-    Example:
+    Examples:
         >>> rankme(torch.eye(4)).round(decimals=3), rankme(torch.ones(10, 4)).round(decimals=3)
         (tensor(4., dtype=torch.float64), tensor(1., dtype=torch.float64))
     """
@@ -90,7 +90,7 @@ def entropy_rank(embeddings: Embeddings, center: bool = True) -> Float[Tensor, "
     Raises:
         ValueError: if a value is not finite.
 
-    Example:
+    Examples:
         >>> entropy_rank(torch.eye(4), center=False)
         tensor(4., dtype=torch.float64)
     """
@@ -112,7 +112,7 @@ def participation_ratio(embeddings: Embeddings, center: bool = True) -> Float[Te
     Raises:
         ValueError: if a value is not finite.
 
-    Example:
+    Examples:
         >>> participation_ratio(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
         tensor(1., dtype=torch.float64)
     """
@@ -137,7 +137,7 @@ def stable_rank(embeddings: Embeddings, center: bool = False) -> Float[Tensor, "
     Source:
         Rudelson, Vershynin 2007.
 
-    Example:
+    Examples:
         >>> stable_rank(torch.diag(torch.tensor([2.0, 2.0, 1.0])))
         tensor(2.2500, dtype=torch.float64)
     """
@@ -163,7 +163,7 @@ def alpha_req(embeddings: Embeddings, center: bool = True) -> Float[Tensor, ""]:
     Source:
         Agrawal et al. 2022 (alpha-ReQ), NeurIPS. The paper leaves the range of the fit open; here it is every k.
 
-    Example:
+    Examples:
         >>> spectrum = (
         ...     torch.tensor([1.0, 2.0, 3.0, 4.0]) ** -1.0
         ... )  # of singular values: variances fall like k^-2
@@ -209,7 +209,7 @@ def lidar(
     Source:
         Thilak et al. 2024 (LiDAR), ICLR, arXiv 2312.04000. Published runs take about 1,000 samples with 50 views.
 
-    Example:
+    Examples:
         >>> samples = (
         ...     torch.eye(3).repeat_interleave(2, 0).view(3, 2, 3)
         ... )  # two equal views of three orthogonal samples
@@ -241,7 +241,7 @@ def lidar(
 class RankInterval(NamedTuple):
     """RankMe of a sample, and the range it would move in had other samples been drawn.
 
-    Example:
+    Examples:
         >>> RankInterval(12.0, 11.5, 12.5).high
         12.5
     """
@@ -284,7 +284,7 @@ def rankme_interval(
     Source:
         Efron, Tibshirani 1993, for the bootstrap.
 
-    Example:
+    Examples:
         >>> embeddings = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
         >>> value, low, high = rankme_interval(embeddings, torch.Generator().manual_seed(0), resamples=50)
         >>> low < value < high, high - low < 0.1

@@ -46,7 +46,7 @@ def cramer_von_mises(x: Float[Tensor, "*batch samples slices"]) -> Float[Tensor,
     Source:
         Cramér 1928; von Mises 1931; one of the tests compared in Balestriero, LeCun 2025 (LeJEPA), arXiv 2511.08544, section 4.2.2.
 
-    Example:
+    Examples:
         >>> cramer_von_mises(torch.zeros(1, 1))  # the median itself: 1/12
         tensor([0.0833])
     """
@@ -74,7 +74,7 @@ def anderson_darling(x: Float[Tensor, "*batch samples slices"]) -> Float[Tensor,
     Source:
         Anderson, Darling 1952; LeJEPA, arXiv 2511.08544, section 4.2.2.
 
-    Example:
+    Examples:
         >>> anderson_darling(torch.zeros(1, 1))  # 2 log 2 - 1
         tensor([0.3863])
     """
@@ -103,7 +103,7 @@ def extended_jarque_bera(x: Float[Tensor, "*batch samples slices"]) -> Float[Ten
     Source:
         Jarque, Bera 1980; extended in LeJEPA, arXiv 2511.08544, section 4.2.1.
 
-    Example:
+    Examples:
         >>> extended_jarque_bera(torch.tensor([[-1.0], [1.0]]))  # s^2 = 2 and kurtosis 1
         tensor([0.8333])
     """
@@ -138,7 +138,7 @@ def moment_match(x: Float[Tensor, "*batch samples slices"]) -> Float[Tensor, "*b
     Source:
         Bardes, Ponce, LeCun 2022 (VICReg), arXiv 2105.04906, for the terms; slicing them as in LeJEPA, arXiv 2511.08544.
 
-    Example:
+    Examples:
         >>> moment_match(torch.tensor([[-1.0, 0.0], [1.0, 4.0]]))
         tensor([0., 5.])
     """
@@ -167,7 +167,7 @@ def sliced_wasserstein(x: Float[Tensor, "*batch samples slices"]) -> Float[Tenso
     Source:
         Bonneel, Rabin, Peyré, Pfister 2015, for slicing; the closed form follows from the integral of q phi(q).
 
-    Example:
+    Examples:
         >>> sliced_wasserstein(torch.tensor([[0.0, 2.0]]))
         tensor([1., 5.])
     """
@@ -200,7 +200,7 @@ def quantile_match(x: Float[Tensor, "*batch samples slices"]) -> Float[Tensor, "
         The form of VISReg as published in code (stable-pretraining); no sliced Wasserstein distance, since the shape is taken after
         centring and scaling.
 
-    Example:
+    Examples:
         >>> quantile = torch.special.ndtri((torch.arange(4) + 0.5) / 4)
         >>> quantile_match(torch.stack([quantile / quantile.std(correction=0), torch.zeros(4)], 1))
         tensor([0.0243, 1.7124])

@@ -30,7 +30,7 @@ def default_views(
     Raises:
         ValueError: for inputs of another shape, or views < 1.
 
-    Example:
+    Examples:
         >>> default_views(torch.rand(5, 1, 8, 8), views=2).shape
         torch.Size([2, 5, 1, 8, 8])
     """
@@ -63,7 +63,7 @@ def stacked_views(view: View, inputs: Any, generator: torch.Generator | None = N
     Raises:
         InputError: if inputs are no float tensor, or the views have other shapes.
 
-    Example:
+    Examples:
         >>> stacked_views(lambda inputs, generator: [inputs, -inputs], torch.ones(3, 2)).shape
         torch.Size([2, 3, 2])
     """
@@ -88,7 +88,7 @@ def repeated(part: Any, times: int) -> Any:
         part: a tensor with samples in the first dimension, a tuple or list of such; anything else is given back as it is.
         times: number of views.
 
-    Example:
+    Examples:
         >>> repeated(torch.tensor([7, 8]), 2)
         tensor([7, 8, 7, 8])
     """

@@ -24,7 +24,7 @@ _WORDS: Mapping[str, Any] = {"true": True, "false": False, "none": None, "null":
 def split_arms(text: str) -> list[str]:
     """Arms from one comma-separated text; commas within brackets or quotes belong to a parameter.
 
-    Example:
+    Examples:
         >>> split_arms('cross-entropy, trp:layers=["a","b"]:every=5')
         ['cross-entropy', 'trp:layers=["a","b"]:every=5']
     """
@@ -37,7 +37,7 @@ def parse_arm(text: str, task: Task) -> ArmRecord:
     Raises:
         InputError: if a slug or parameter is unknown or of a wrong type, or the method does not fit the task.
 
-    Example:
+    Examples:
         >>> from coloss.lab.tasks import find_task
         >>> parse_arm("trp:energy=0.8:decompose=false", find_task("iris")).methods
         [{'slug': 'trp', 'parameters': {'energy': 0.8, 'decompose': False}}]
@@ -78,7 +78,7 @@ def _read_parameters(settings: list[str], text: str) -> dict[str, Any]:
 def read_value(text: str) -> Any:
     """A parameter's value: JSON if it is that (number, list, quoted text), true / false / none in any case, else text.
 
-    Example:
+    Examples:
         >>> read_value("0.8"), read_value("False"), read_value("[1, 2]"), read_value("spatial")
         (0.8, False, [1, 2], 'spatial')
     """

@@ -85,7 +85,7 @@ def catalog() -> tuple[Entry, ...]:
     Raises:
         InputError: if a room's `SYSTEM` cannot be read.
 
-    Example:
+    Examples:
         >>> "dhkd" in {entry.slug for entry in catalog()}
         True
     """
@@ -100,7 +100,7 @@ def find_entry(slug: str) -> Entry:
     Raises:
         UnknownNameError: if there is none of that name; close names are suggested.
 
-    Example:
+    Examples:
         >>> find_entry("trp").family
         'compression'
     """
@@ -118,7 +118,7 @@ def import_name(path: str) -> Any:
     Raises:
         InputError: if there is no such thing.
 
-    Example:
+    Examples:
         >>> import_name("json.dumps")([1])
         '[1]'
     """
@@ -135,7 +135,7 @@ def read_room(path: Path, family: str) -> Entry | None:
     Raises:
         InputError: if `SYSTEM` holds anything but literal values, or other fields than a `System` has.
 
-    Example:
+    Examples:
         >>> read_room(PACKAGE / "compression" / "trained_rank_pruning.py", "compression").slug
         'trp'
     """

@@ -72,7 +72,7 @@ def verify(
         InputError: if the system is unknown or has no claim, `seeds` < 5, or a folder cannot be written.
         NonFiniteLossError: if a run diverges: there is no verdict without all of them.
 
-    Example:
+    Examples:
         >>> verify("trp", smoke=True)["method"]["name"]
         'trp'
     """
@@ -118,7 +118,7 @@ def verify(
 def code_fingerprint(family: str) -> str:
     """Identify the code that makes a claim's numbers: the floors below the families, the lab, and the claim's own family.
 
-    Example:
+    Examples:
         >>> code_fingerprint("jepa") != code_fingerprint("retrieval")
         True
     """

@@ -82,7 +82,7 @@ class Comparison:
     Raises:
         InputError: for unknown tasks, methods or parameters, a method that does not fit the task, or no arm.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> comparison = Comparison("iris", ["cross-entropy", "trp"], seeds=2, budget=Budget(steps=4))
         >>> result = comparison.run(tempfile.mkdtemp())

@@ -80,7 +80,7 @@ def read_evidence(slug: str) -> dict[str, Any] | None:
     Raises:
         InputError: if the file is damaged; the message says which and how to make it anew.
 
-    Example:
+    Examples:
         >>> read_evidence("no-such-system") is None
         True
     """

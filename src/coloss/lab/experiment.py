@@ -33,7 +33,7 @@ class Experiment(BaseModel):
     out: runs/digits            # result folder, relative to the current folder; the same one goes on where a stopped run ended
     ```
 
-    Example:
+    Examples:
         >>> Experiment.model_validate({"task": "digits", "methods": "cross-entropy, trp:energy=0.8"}).methods
         ['cross-entropy', 'trp:energy=0.8']
     """
@@ -82,7 +82,7 @@ def read_experiment(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: if the file is missing, is not YAML, or holds an unknown or wrong entry.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "experiment.yaml"
         >>> _ = path.write_text("task: digits\\nmethods: [cross-entropy, trp]\\n")

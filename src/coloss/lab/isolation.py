@@ -16,7 +16,7 @@ def reproducible(seed: int) -> Iterator[None]:
 
     Sums come out the same on any number of cores that way, in PyTorch and in the libraries under NumPy and scikit-learn.
 
-    Example:
+    Examples:
         >>> with reproducible(3):
         ...     first = torch.rand(1), np.random.rand()
         >>> with reproducible(3):

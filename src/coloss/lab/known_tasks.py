@@ -15,7 +15,7 @@ SELF_SUPERVISED = "-ssl"
 def task_names() -> list[str]:
     """Names that `find_task` answers to: every supervised data set, `NAME-ssl` for each classification, `digits-halves`.
 
-    Example:
+    Examples:
         >>> {"digits", "digits-ssl", "digits-halves", "diabetes"} <= set(task_names())
         True
     """
@@ -25,7 +25,7 @@ def task_names() -> list[str]:
 def tasks_of(dataset: str) -> list[str]:
     """Names of the tasks that a data set gives by itself.
 
-    Example:
+    Examples:
         >>> tasks_of("digits"), tasks_of("diabetes"), tasks_of("camvid")
         (['digits', 'digits-ssl'], ['diabetes'], [])
     """
@@ -38,7 +38,7 @@ def tasks_of(dataset: str) -> list[str]:
 def is_file(text: str) -> bool:
     """Tell whether a text stands for a file or folder that exists; a name of a task is never taken for one.
 
-    Example:
+    Examples:
         >>> is_file("digits"), is_file(".")
         (False, True)
     """
@@ -51,7 +51,7 @@ def check_task(text: str) -> None:
     Raises:
         InputError: naming what comes close.
 
-    Example:
+    Examples:
         >>> check_task("abalon")
         Traceback (most recent call last):
         ...

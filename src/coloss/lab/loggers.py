@@ -18,7 +18,7 @@ def check_logger(name: str) -> str:
     Raises:
         InputError: if there is none of that name, or its package is missing.
 
-    Example:
+    Examples:
         >>> check_logger("csv")
         'csv'
     """
@@ -48,7 +48,7 @@ def opened_logger(name: str | None, folder: Path, run: str) -> Iterator[list[Any
     Raises:
         InputError: if the logger is unknown, its package is missing, or it cannot write.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> with opened_logger("csv", folder, "plain") as (logger,):

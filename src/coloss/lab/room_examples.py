@@ -18,7 +18,7 @@ def room_example(path: Path, module: str, names: Iterable[str]) -> str:
     Returns:
         Lines as in a Python session, imports first; empty if no name has an example.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "room.py"
         >>> _ = path.write_text(
@@ -39,7 +39,7 @@ def room_example(path: Path, module: str, names: Iterable[str]) -> str:
 def _example_section(docstring: str) -> str:
     """What stands under `Example:`.
 
-    Example:
+    Examples:
         >>> _example_section("Adds. \\n\\nExample:\\n    1 + 1\\n")
         '1 + 1'
     """

@@ -49,7 +49,7 @@ def find_task(
     Raises:
         InputError: if there is no such task, file, column or model; close names are suggested.
 
-    Example:
+    Examples:
         >>> find_task("digits").objective_name
         'cross-entropy'
     """
@@ -80,7 +80,7 @@ def content_hash(path: Path) -> str:
     Raises:
         InputError: if it cannot be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
         >>> _ = path.write_text("a,target")
@@ -141,7 +141,7 @@ def task_from_splits(
     Raises:
         InputError: if the splits are of no kind that the lab has a recipe for.
 
-    Example:
+    Examples:
         >>> from coloss.data import load
         >>> task = task_from_splits("small digits", lambda seed: load("digits", seed=seed, limit=100))
         >>> task.kind, task.metric, task.budget
@@ -236,7 +236,7 @@ _BETTER_LOW = {"nll", "ece", "mse", "mae", "rmse", "loss", "error", "perplexity"
 def metric_direction(metric: str) -> Direction:
     """Whether a metric is better high or low, by the words of its name.
 
-    Example:
+    Examples:
         >>> metric_direction("accuracy"), metric_direction("nll"), metric_direction("test_error")
         ('higher', 'lower', 'lower')
     """

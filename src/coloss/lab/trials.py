@@ -105,7 +105,7 @@ def load_claim(slug: str) -> Claim:
     Raises:
         InputError: if there is no such system, or it has no claim.
 
-    Example:
+    Examples:
         >>> load_claim("trp").metric
         'accuracy_at_rank_8'
     """

@@ -151,7 +151,7 @@ def check_workers(workers: int) -> None:
     Raises:
         InputError: if it is below 1.
 
-    Example:
+    Examples:
         >>> check_workers(0)
         Traceback (most recent call last):
         ...

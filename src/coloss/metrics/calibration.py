@@ -45,7 +45,7 @@ def expected_calibration_error(
         Guo et al. 2017, arXiv 1706.04599, section 2. The last bin is closed at 1, so certain predictions
         share it.
 
-    Example:
+    Examples:
         >>> probabilities = torch.tensor([[0.75, 0.25]]).repeat(4, 1)
         >>> targets = torch.tensor([0, 0, 0, 1])  # 75 % sure, and right in 3 of 4
         >>> expected_calibration_error(probabilities, targets)
@@ -81,7 +81,7 @@ def negative_log_likelihood(
     Raises:
         ValueError: if the sizes disagree or a target is no class index.
 
-    Example:
+    Examples:
         >>> negative_log_likelihood(torch.zeros(2, 4), torch.tensor([0, 3]))  # log 4
         tensor(1.3863)
     """
@@ -114,7 +114,7 @@ def brier_score(
     Source:
         Brier 1950, Verification of forecasts expressed in terms of probability.
 
-    Example:
+    Examples:
         >>> brier_score(torch.tensor([[0.8, 0.2]]), torch.tensor([0]))  # 0.2^2 + 0.2^2
         tensor(0.0800)
     """

@@ -23,7 +23,7 @@ def accuracy(logits: Float[Tensor, "batch classes"], targets: Int[Tensor, " batc
     Raises:
         ValueError: if the sizes disagree or a target is no class index.
 
-    Example:
+    Examples:
         >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), torch.tensor([0, 1, 1]))
         tensor(0.6667)
     """
@@ -48,7 +48,7 @@ def balanced_accuracy(
     Raises:
         ValueError: if the sizes disagree or a target is no class index.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
         >>> balanced_accuracy(logits, torch.tensor([0, 0, 0, 1]))
         tensor(0.5000)
@@ -74,7 +74,7 @@ def macro_f1(logits: Float[Tensor, "batch classes"], targets: Int[Tensor, " batc
     Raises:
         ValueError: if the sizes disagree or a target is no class index.
 
-    Example:
+    Examples:
         >>> macro_f1(torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), torch.tensor([0, 1, 1]))
         tensor(0.6667)
     """
@@ -99,7 +99,7 @@ def mean_squared_error(
     Raises:
         ValueError: if the shapes differ.
 
-    Example:
+    Examples:
         >>> mean_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
         tensor(2.)
     """
@@ -128,7 +128,7 @@ def r2_score(
     Raises:
         ValueError: if the shapes differ.
 
-    Example:
+    Examples:
         >>> r2_score(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
         tensor(0.5000)
     """

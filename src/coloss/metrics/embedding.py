@@ -41,7 +41,7 @@ def alignment(
     Source:
         Wang and Isola 2020, arXiv 2005.10242, equation 2.
 
-    Example:
+    Examples:
         >>> orthogonal = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
         >>> alignment(*orthogonal)
         tensor(2.)
@@ -86,7 +86,7 @@ def uniformity(
     Source:
         Wang and Isola 2020, arXiv 2005.10242, equation 3.
 
-    Example:
+    Examples:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # antipodes: -t * 2^2
         tensor(-8.)
     """
@@ -142,7 +142,7 @@ def tolerance(
         Wang and Liu 2021, arXiv 2012.09740, section 3.5. The paper prints an expectation over all pairs of
         similarity times an indicator of equal classes; here it is taken over the pairs of equal class.
 
-    Example:
+    Examples:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
         >>> tolerance(embeddings, torch.tensor([0, 0, 1, 1]))  # orthogonal in one class, equal in the other
         tensor(0.5000)
@@ -178,7 +178,7 @@ def feature_standard_deviation(embeddings: Float[Tensor, "samples dimensions"]) 
     Source:
         Chen and He 2021 (SimSiam), arXiv 2011.10566, section 4.1.
 
-    Example:
+    Examples:
         >>> feature_standard_deviation(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
         tensor(0.8165)
         >>> feature_standard_deviation(torch.ones(4, 2))

@@ -55,7 +55,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Args:
         model: the network.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
         >>> with evaluation_mode(model):
         ...     model.training, torch.is_grad_enabled()
@@ -94,7 +94,7 @@ def predict(
     Raises:
         ValueError: if data hold no sample or are of no known kind, or batch_size < 1.
 
-    Example:
+    Examples:
         >>> outputs, targets = predict(nn.Flatten(), torch.arange(8.0).reshape(2, 2, 2))
         >>> outputs
         tensor([[0., 1., 2., 3.],
@@ -125,7 +125,7 @@ def extract_features(
             hold no sample or are of no known kind, or batch_size < 1.
         RuntimeError: if the submodule does not run in a forward pass.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(4, 2))
         >>> features, _ = extract_features(model, torch.tensor([[[-1.0, 2.0], [3.0, -4.0]]]), "1")
         >>> features

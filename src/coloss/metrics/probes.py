@@ -86,7 +86,7 @@ def linear_probe(
     Raises:
         ValueError: if sizes disagree, features are not finite, a set is empty or an option is out of range.
 
-    Example:
+    Examples:
         >>> train, targets = torch.tensor([[0.0], [1.0], [4.0], [5.0]]), torch.tensor([0, 0, 1, 1])
         >>> test, test_targets = torch.tensor([[0.5], [4.5], [3.5]]), torch.tensor([0, 1, 0])
         >>> linear_probe(train, targets, test, test_targets).accuracy
@@ -136,7 +136,7 @@ def ridge_probe(
     Raises:
         ValueError: if sizes disagree, features are not finite, a set is empty or penalty <= 0.
 
-    Example:
+    Examples:
         >>> x = torch.linspace(-1, 1, 100)[:, None]
         >>> result = ridge_probe(x, 3 * x[:, 0] + 1, x, 3 * x[:, 0] + 1, penalty=1e-6)
         >>> round(result.r2, 6)
@@ -200,7 +200,7 @@ def knn_probe(
     Source:
         Wu et al. 2018, arXiv 1805.01978, section 3.4, for the weighted vote.
 
-    Example:
+    Examples:
         >>> train, targets = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), torch.tensor([0, 0, 1])
         >>> test, test_targets = torch.tensor([[2.0, 0.1], [0.1, 2.0]]), torch.tensor([0, 1])
         >>> knn_probe(train, targets, test, test_targets, k=1).accuracy
@@ -253,7 +253,7 @@ def label_budget(targets: Int[Tensor, " samples"], labels: int, seed: int = 0) -
     Raises:
         ValueError: if labels are fewer than classes or more than samples.
 
-    Example:
+    Examples:
         >>> targets = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
         >>> targets[label_budget(targets, 5)]
         tensor([0, 0, 1, 1, 2])

@@ -91,7 +91,7 @@ def retrieval_metrics(
         Manning, Raghavan and Schuetze 2008, Introduction to Information Retrieval, chapter 8;
         Jarvelin and Kekalainen 2002 for nDCG.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.3, 0.4]])
         >>> found = retrieval_metrics(scores, torch.eye(2, 3, dtype=torch.bool), ks=(1, 2))
         >>> found["recall@1"], found["recall@2"], found["mrr"]
@@ -150,7 +150,7 @@ def pooled_auc(
     Source:
         Mann and Whitney 1947; equal to scikit-learn's `roc_auc_score` over the flattened pairs.
 
-    Example:
+    Examples:
         >>> pooled_auc(torch.tensor([0.9, 0.4, 0.4, 0.1]), torch.tensor([1, 1, 0, 0]))
         tensor(0.8750)
     """
@@ -184,7 +184,7 @@ def roc_curve_pooled(
     Cost:
         O(n log n) for n pairs.
 
-    Example:
+    Examples:
         >>> curve = roc_curve_pooled(torch.tensor([0.9, 0.4, 0.1]), torch.tensor([1, 0, 1]))
         >>> curve.false_positive_rate, curve.true_positive_rate
         (tensor([0., 0., 1., 1.]), tensor([0.0000, 0.5000, 0.5000, 1.0000]))
@@ -220,7 +220,7 @@ def threshold_at_fpr(
     Cost:
         O(n log n) for n pairs.
 
-    Example:
+    Examples:
         >>> threshold_at_fpr(torch.tensor([0.75, 0.5, 0.25, 0.0]), torch.tensor([1, 0, 1, 0]), fpr=0.5)
         OperatingPoint(threshold=0.25, recall=1.0, precision=0.6666666666666666)
     """

@@ -74,7 +74,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
     Raises:
         ValueError: if values are empty, not one-dimensional or not finite, or confidence is outside (0, 1).
 
-    Example:
+    Examples:
         >>> mean, (low, high), n = mean_interval([0.90, 0.92, 0.94])
         >>> round(mean, 3), round(low, 3), round(high, 3), n
         (0.92, 0.87, 0.97, 3)
@@ -115,7 +115,7 @@ def paired_comparison(
         ValueError: if the arms differ in length, are empty, hold NaN or infinity, or an option is out of
             range.
 
-    Example:
+    Examples:
         >>> result = paired_comparison([0.91, 0.93, 0.92, 0.95], [0.89, 0.90, 0.91, 0.92])
         >>> round(result.difference, 4), result.verdict, result.p_value
         (0.0225, 'reproduced', 0.125)
@@ -171,7 +171,7 @@ def sign_flip_p_value(differences: ArrayLike, *, resamples: int = 2**16, seed: i
     Source:
         Fisher 1935, The Design of Experiments, section 21; Phipson and Smyth 2010 for the + 1.
 
-    Example:
+    Examples:
         >>> sign_flip_p_value([1.0, 2.0, 3.0])  # only + + + and - - - reach |sum| = 6, of 8 patterns
         0.25
     """

@@ -37,7 +37,7 @@ def evaluate_classifier(model: nn.Module, dataset: Any, batch_size: int = 1024) 
     Raises:
         ValueError: if the data hold no sample, no targets, or targets that do not fit the logits.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 2)
         >>> data = [(torch.randn(8, 2), torch.tensor([0, 1] * 4))]
         >>> sorted(evaluate_classifier(model, data))
@@ -69,7 +69,7 @@ def evaluate_multilabel(model: nn.Module, dataset: Any, batch_size: int = 1024) 
     Raises:
         ValueError: if the data hold no sample, no targets, or targets of another shape than the logits.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, -1.0], [-2.0, -1.0], [1.0, 3.0]])
         >>> found = evaluate_multilabel(nn.Identity(), [(logits, (logits > 0).float())])
         >>> found["average_precision"], found["micro_f1"], found["macro_f1"]
@@ -105,7 +105,7 @@ def evaluate_regressor(model: nn.Module, dataset: Any, batch_size: int = 1024) -
     Raises:
         ValueError: if the data hold no sample, no targets, or targets of another shape than the predictions.
 
-    Example:
+    Examples:
         >>> x = torch.linspace(-1, 1, 10)[:, None]
         >>> evaluate_regressor(nn.Identity(), [(x, x[:, 0])])
         {'mse': 0.0, 'r2': 1.0}
@@ -156,7 +156,7 @@ def evaluate_dual_encoder(
     Cost:
         O(queries * documents) memory for the scores.
 
-    Example:
+    Examples:
         >>> from coloss.nn import DualEncoder
         >>> pairs = (torch.eye(3), 2 * torch.eye(3))
         >>> evaluate_dual_encoder(DualEncoder(nn.Identity(), nn.Identity()), [(pairs, None)])["recall@1"]
@@ -212,7 +212,7 @@ def evaluate_encoder(
     Raises:
         ValueError: if a part is empty or has no targets, or k < 1.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> part = [(torch.eye(2).repeat(5, 1), torch.tensor([0, 1] * 5))]
         >>> evaluate_encoder(nn.Identity(), SimpleNamespace(train=part, test=part), labels=4)["linear_probe"]

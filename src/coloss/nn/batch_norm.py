@@ -34,7 +34,7 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
 
     Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import SyncBatchNorm1d
         >>> rows = torch.tensor([[0.0], [2.0]])

@@ -29,7 +29,7 @@ class Classifier(nn.Module):
     Raises:
         ValueError: for a backbone without `out_features`, or `num_outputs` below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import Classifier, ConvNet
         >>> model = Classifier(ConvNet(1, (8, 16)), num_outputs=10)
@@ -73,7 +73,7 @@ class DualEncoder(nn.Module):
     Raises:
         ValueError: when the towers declare different `out_features`, or the batch is not a pair.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import MLP, DualEncoder
         >>> model = DualEncoder(MLP(20, [32], 8), MLP(30, [32], 8))

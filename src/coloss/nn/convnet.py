@@ -39,7 +39,7 @@ class ConvNet(nn.Module):
     Raises:
         ValueError: for impossible widths, dims or kernel sizes, or inputs of another shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import ConvNet
         >>> network = ConvNet(1, (16, 32))

@@ -11,7 +11,7 @@ def convolution(
 
     Source: He et al. 2015, arXiv 1502.01852 (normal weights of variance 2 / (channels_out * kernel volume)).
 
-    Example:
+    Examples:
         >>> import torch
         >>> convolution(1, 3, 8, 5, stride=2)(torch.rand(2, 3, 9)).shape
         torch.Size([2, 8, 5])
@@ -26,7 +26,7 @@ def convolution(
 def batch_norm(dims: int, channels: int) -> nn.Module:
     """Batch normalisation for maps with `dims` spatial dimensions.
 
-    Example:
+    Examples:
         >>> type(batch_norm(2, 8)).__name__
         'BatchNorm2d'
     """
@@ -36,7 +36,7 @@ def batch_norm(dims: int, channels: int) -> nn.Module:
 def global_average_pool(maps: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels"]:
     """The mean of each channel over all positions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> global_average_pool(torch.arange(8.0).reshape(1, 2, 2, 2))
         tensor([[1.5000, 5.5000]])
@@ -50,7 +50,7 @@ def check_architecture(in_channels: int, widths: tuple[int, ...], dims: int, ker
     Raises:
         ValueError: naming the argument, the rule and the value.
 
-    Example:
+    Examples:
         >>> check_architecture(1, (8,), dims=3, kernel_size=3)
         Traceback (most recent call last):
         ValueError: dims must be 1 (series) or 2 (images), got 3
@@ -71,7 +71,7 @@ def check_maps(inputs: Tensor, in_channels: int, dims: int) -> None:
     Raises:
         ValueError: with the expected and the given shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> check_maps(torch.rand(4, 8, 8), in_channels=1, dims=2)
         Traceback (most recent call last):

@@ -35,7 +35,7 @@ class ModuleEMA(nn.Module):
 
     Source: Polyak and Juditsky 1992; Tarvainen and Valpola 2017, arXiv 1703.01780 (mean teacher).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import ModuleEMA
         >>> model = torch.nn.Linear(2, 2)

@@ -25,7 +25,7 @@ class Frozen(nn.Module):
     Returns:
         From `forward`: the network's output, detached.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import MLP, Frozen
         >>> teacher = Frozen(MLP(4, [8], 3))

@@ -33,7 +33,7 @@ class MLP(nn.Module):
     Raises:
         ValueError: for a width below 1, no layer at all, an unknown norm, or inputs of another size.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import MLP
         >>> MLP(64, [128, 32], 10)(torch.rand(5, 1, 8, 8)).shape

@@ -34,7 +34,7 @@ def sinusoidal_positions(
     Source: Vaswani et al. 2017, arXiv 1706.03762 section 3.5; halves instead of interleaved pairs, as is
         usual.
 
-    Example:
+    Examples:
         >>> sinusoidal_positions(2, 4)
         tensor([[0.0000, 0.0000, 1.0000, 1.0000],
                 [0.8415, 0.0100, 0.5403, 0.9999]])
@@ -73,7 +73,7 @@ class PositionTable(nn.Module):
     Raises:
         ValueError: for an unknown kind, or more tokens than positions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import PositionTable
         >>> PositionTable((4, 4), 8, "sinusoidal")(torch.zeros(2, 16, 8)).shape

@@ -45,7 +45,7 @@ class ResNet(nn.Module):
 
     Source: He et al. 2016, arXiv 1512.03385 section 4.2 (small-image form); arXiv 1603.05027 (preactivation).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import ResNet
         >>> network = ResNet(3)

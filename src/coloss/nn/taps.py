@@ -38,7 +38,7 @@ class Taps(Mapping[str, Any]):
         KeyError: on reading a name that was never given.
         RuntimeError: on reading a value before a forward pass has reached its submodule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import MLP, Classifier, Taps
         >>> model = Classifier(MLP(4, [8]), num_outputs=3)
@@ -68,7 +68,7 @@ class Taps(Mapping[str, Any]):
         Raises:
             ValueError: for an unknown path, a name already in use, or taps that are closed.
 
-        Example:
+        Examples:
             >>> from torch import nn
             >>> from coloss.nn import Taps
             >>> taps = Taps(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), {})
@@ -93,7 +93,7 @@ class Taps(Mapping[str, Any]):
     def set_aside(self) -> Iterator[None]:
         """Keeps the present values safe from forward passes inside the block, and puts them back after it.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from coloss.nn import Taps
@@ -159,7 +159,7 @@ def find_classifier(model: nn.Module) -> str:
     Raises:
         ValueError: for a model without a linear layer.
 
-    Example:
+    Examples:
         >>> from coloss.nn import MLP, Classifier, find_classifier
         >>> find_classifier(Classifier(MLP(4, [8]), num_outputs=3))
         'head'

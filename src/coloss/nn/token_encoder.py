@@ -50,7 +50,7 @@ class TokenEncoder(nn.Module):
     Source: Dosovitskiy et al. 2021, arXiv 2010.11929 (class token); Darcet et al. 2024, arXiv 2309.16588
         (registers).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import ImagePatches, TokenEncoder
         >>> encoder = TokenEncoder(ImagePatches(8, 2, 1, dim=32), dim=32, depth=2, heads=4, registers=1)
@@ -118,7 +118,7 @@ class TokenEncoder(nn.Module):
             One vector for each kept token, in the order of `keep`. Those of padding and of invalid entries
             are finite and mean nothing.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from coloss.nn import SignalPatches, TokenEncoder
             >>> encoder = TokenEncoder(SignalPatches(40, 4, 1, dim=8), 8, depth=1, heads=2)
@@ -151,7 +151,7 @@ class TokenEncoder(nn.Module):
     def encode(self, inputs: Any, *, with_prefix: bool = False) -> Float[Tensor, "batch encoded dim"]:
         """One vector for each token of the inputs; with the `num_prefix` learned tokens in front on request.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from coloss.nn import TokenEncoder, Words
             >>> encoder = TokenEncoder(Words(50, 8, max_length=20), 8, depth=1, heads=2, registers=3)

@@ -32,7 +32,7 @@ class Tokenizer(nn.Module):
     Raises:
         ValueError: for an empty grid or `dim` below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Points(Tokenizer):
         ...     def __init__(self, dim):
@@ -85,7 +85,7 @@ class ImagePatches(Tokenizer):
 
     Source: Dosovitskiy et al. 2021, arXiv 2010.11929 section 3.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import ImagePatches
         >>> tokenizer = ImagePatches(8, 2, in_channels=1, dim=32)
@@ -149,7 +149,7 @@ class SignalPatches(Tokenizer):
     Raises:
         ValueError: when windows do not divide the length, for too long a series, or for other channels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import SignalPatches
         >>> tokenizer = SignalPatches(140, 10, channels=1, dim=32)
@@ -212,7 +212,7 @@ class TableColumns(Tokenizer):
 
     Source: Gorishniy et al. 2021, arXiv 2106.11959 section 3.3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import TableColumns
         >>> tokenizer = TableColumns(2, [3], dim=8)
@@ -286,7 +286,7 @@ class Words(Tokenizer):
     Raises:
         ValueError: for an impossible size, a padding id outside the vocabulary, or too long a text.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import Words
         >>> tokenizer = Words(100, 16, max_length=32)

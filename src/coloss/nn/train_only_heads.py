@@ -15,7 +15,7 @@ class Outputs(NamedTuple):
         main: the network's own output.
         auxiliary: the output of each head, by name.
 
-    Example:
+    Examples:
         >>> main, auxiliary = Outputs(main=1.0, auxiliary={"early": 2.0})
         >>> auxiliary["early"]
         2.0
@@ -43,7 +43,7 @@ class TrainOnlyHeads(nn.Module):
     Raises:
         ValueError: when names of taps and heads differ, a path is unknown, or a head's name holds a dot.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from coloss.nn import Classifier, ConvNet, TrainOnlyHeads
@@ -81,7 +81,7 @@ class TrainOnlyHeads(nn.Module):
     def export(self) -> nn.Module:
         """The backbone itself, not a copy, with every hook removed; call it when training is over.
 
-        Example:
+        Examples:
             >>> from torch import nn
             >>> from coloss.nn import TrainOnlyHeads
             >>> network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())

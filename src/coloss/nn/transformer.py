@@ -21,7 +21,7 @@ class SelfAttention(nn.Module):
     Cost:
         O(batch * tokens^2 * dim) time; memory O(tokens) per head where torch has a fused kernel.
 
-    Example:
+    Examples:
         >>> import torch
         >>> SelfAttention(16, 4)(torch.rand(2, 5, 16)).shape
         torch.Size([2, 5, 16])
@@ -70,7 +70,7 @@ class TransformerBlock(nn.Module):
     Returns:
         From `forward`: tokens of the same shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import TransformerBlock
         >>> TransformerBlock(16, 4)(torch.rand(2, 5, 16)).shape
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
     Source: Xiong et al. 2020, arXiv 2002.04745 (pre-norm); Radford et al. 2019, GPT-2 report, section 2.3
         (scaled initial branches).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coloss.nn import Transformer
         >>> Transformer(16, depth=2, heads=4)(torch.rand(2, 5, 16)).shape

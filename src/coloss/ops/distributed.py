@@ -29,7 +29,7 @@ def is_distributed() -> bool:
     Returns:
         True when the default process group exists and holds at least two processes.
 
-    Example:
+    Examples:
         >>> is_distributed()
         False
     """
@@ -42,7 +42,7 @@ def world_size() -> int:
     Returns:
         A number >= 1.
 
-    Example:
+    Examples:
         >>> world_size()
         1
     """
@@ -55,7 +55,7 @@ def rank() -> int:
     Returns:
         A number in [0, world_size()).
 
-    Example:
+    Examples:
         >>> rank()
         0
     """
@@ -82,7 +82,7 @@ def gather_with_gradient(x: Shaped[Tensor, "rows *features"]) -> Shaped[Tensor, 
     Cost:
         Two collectives forward (row counts, rows), one backward; memory of all rows.
 
-    Example:
+    Examples:
         >>> gather_with_gradient(torch.eye(2)).shape
         torch.Size([2, 2])
     """
@@ -106,7 +106,7 @@ def all_reduce_mean(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     Cost:
         One collective forward and one backward. Half precision is summed in float32.
 
-    Example:
+    Examples:
         >>> all_reduce_mean(torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """

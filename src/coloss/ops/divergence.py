@@ -51,7 +51,7 @@ def distillation_kl_loss(
     Source:
         Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
         >>> round(distillation_kl_loss(student, teacher, temperature=1.0).item(), 4)
         0.3278
@@ -86,7 +86,7 @@ def soft_cross_entropy_loss(
     Raises:
         ValueError: on unequal shapes, a temperature not above 0, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> loss = soft_cross_entropy_loss(torch.zeros(1, 4), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
         >>> round(loss.item(), 4)  # log 4
         1.3863
@@ -126,7 +126,7 @@ def binary_kl_loss(
     Source:
         Yang et al. 2024 (DHKD), arXiv 2411.08937.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[3.0, 4.0]]), torch.tensor([[-3.0, -2.0]])
         >>> bool(binary_kl_loss(student, teacher) > 1)
         True
@@ -166,7 +166,7 @@ def logit_gap_loss(
     Source:
         "BinaryKL-Norm" of Yang et al. 2024 (DHKD), arXiv 2411.08937; the closed form is derived here.
 
-    Example:
+    Examples:
         >>> gap = torch.tensor([[1e4]], requires_grad=True)
         >>> logit_gap_loss(gap, torch.zeros(1, 1)).backward()
         >>> gap.grad
@@ -205,7 +205,7 @@ def js_divergence_loss(
     Source:
         Lin 1991, Divergence measures based on the Shannon entropy.
 
-    Example:
+    Examples:
         >>> loss = js_divergence_loss(torch.tensor([[90.0, 0.0]]), torch.tensor([[0.0, 90.0]]))
         >>> round(loss.item(), 4)  # log 2
         0.6931
@@ -232,7 +232,7 @@ def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
     Raises:
         ValueError: if there is no class.
 
-    Example:
+    Examples:
         >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))
         tensor([0.6931, 0.0000])
     """

@@ -36,7 +36,7 @@ def straight_through(
     Source:
         Bengio, Leonard, Courville 2013, arXiv 1308.3432.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([0.4, 1.7], requires_grad=True)
         >>> y = straight_through(x.round(), x)
         >>> y.sum().backward()
@@ -64,7 +64,7 @@ def scale_gradient(x: Float[Tensor, "*shape"], factor: float) -> Float[Tensor, "
     Raises:
         ValueError: if `factor` is not finite.
 
-    Example:
+    Examples:
         >>> x = torch.ones(2, requires_grad=True)
         >>> scale_gradient(x, 0.1).sum().backward()
         >>> x.grad
@@ -91,7 +91,7 @@ def reverse_gradient(x: Float[Tensor, "*shape"], strength: float = 1.0) -> Float
     Source:
         Ganin, Lempitsky 2015, arXiv 1409.7495.
 
-    Example:
+    Examples:
         >>> x = torch.ones(2, requires_grad=True)
         >>> reverse_gradient(x, 0.5).sum().backward()
         >>> x.grad
@@ -121,7 +121,7 @@ def gradient_cosine(first: Sequence[Tensor | None], second: Sequence[Tensor | No
     Cost:
         One pass over the entries; no copy of the gradients.
 
-    Example:
+    Examples:
         >>> gradient_cosine([torch.ones(2), None], [torch.ones(2), torch.ones(2)])
         tensor(0.7071)
     """
@@ -170,7 +170,7 @@ def project_conflicting(
         Yang et al. 2024 (DHKD), arXiv 2411.08937; the one-sided form of Yu et al. 2020 (PCGrad), arXiv
         2001.06782.
 
-    Example:
+    Examples:
         >>> main, auxiliary = [torch.tensor([1.0, 0.0])], [torch.tensor([-2.0, 3.0])]
         >>> project_conflicting(main, auxiliary)
         ([tensor([1., 3.])], tensor(True))
@@ -199,7 +199,7 @@ def needs_gradient(*inputs: Tensor) -> bool:
     Returns:
         True when gradients are recorded and an input requires one.
 
-    Example:
+    Examples:
         >>> x = torch.ones(2, requires_grad=True)
         >>> with torch.no_grad():
         ...     inside = needs_gradient(x)
@@ -222,7 +222,7 @@ def first_order_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., 
     Returns:
         The decorator, to stand below `@staticmethod`.
 
-    Example:
+    Examples:
         >>> class Double(torch.autograd.Function):
         ...     @staticmethod
         ...     def forward(ctx, x):

@@ -22,7 +22,7 @@ def full_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     Returns:
         The same values as float32 or float64.
 
-    Example:
+    Examples:
         >>> full_precision(torch.ones(2, dtype=torch.bfloat16)).dtype
         torch.float32
     """
@@ -38,7 +38,7 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     Returns:
         A floating point type.
 
-    Example:
+    Examples:
         >>> accumulation_dtype(torch.device("cpu"))
         torch.float64
     """
@@ -57,7 +57,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     Returns:
         A context manager.
 
-    Example:
+    Examples:
         >>> x = torch.ones(2, 2)
         >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast(x.device):
         ...     (x @ x).dtype

@@ -50,7 +50,7 @@ def pairwise_logistic_loss(
     Source:
         arXiv 2510.00137, 2025 (Mann-Whitney loss); Burges et al. 2005 (RankNet) for one pair.
 
-    Example:
+    Examples:
         >>> pairwise_logistic_loss(torch.zeros(3), torch.zeros(5), temperature=0.1)  # log 2
         tensor(0.6931)
     """
@@ -109,7 +109,7 @@ def info_nce_loss(
     Source:
         van den Oord, Li, Vinyals 2018, arXiv 1807.03748.
 
-    Example:
+    Examples:
         >>> embeddings = torch.eye(4)
         >>> round(info_nce_loss(embeddings, embeddings, temperature=1.0).item(), 4)  # log(1 + 3 / e)
         0.7437
@@ -146,7 +146,7 @@ def masked_logsumexp(
     Returns:
         `x` without `dim`, at least float32.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0, 0.0, 9.0], [1.0, 2.0, 3.0]])
         >>> masked_logsumexp(x, torch.tensor([[True, True, False], [False, False, False]]))
         tensor([0.6931,   -inf])
@@ -169,7 +169,7 @@ def relevance_from_ids(
     Returns:
         True where the two ids are equal.
 
-    Example:
+    Examples:
         >>> relevance_from_ids(torch.tensor([7, 8]), torch.tensor([7, 8, 7])).int()
         tensor([[1, 0, 1],
                 [0, 1, 0]], dtype=torch.int32)
@@ -188,7 +188,7 @@ def duplicate_mask(ids: Shaped[Tensor, " items"]) -> Bool[Tensor, "items items"]
     Returns:
         True where ids are equal and the items are not the same; the diagonal is False.
 
-    Example:
+    Examples:
         >>> duplicate_mask(torch.tensor([7, 8, 7])).int()
         tensor([[0, 0, 1],
                 [0, 0, 0],

@@ -38,7 +38,7 @@ def random_directions(
     Raises:
         ValueError: if `dim` or `slices` is below 1.
 
-    Example:
+    Examples:
         >>> directions = random_directions(3, 5, torch.Generator().manual_seed(0))
         >>> directions.shape, bool(torch.allclose(directions.norm(dim=0), torch.ones(5)))
         (torch.Size([3, 5]), True)
@@ -85,7 +85,7 @@ def epps_pulley(
     Source:
         Epps, Pulley 1983; Balestriero, LeCun 2025 (LeJEPA), arXiv 2511.08544.
 
-    Example:
+    Examples:
         >>> collapsed = torch.zeros(100, 1)
         >>> epps_pulley(collapsed) / 100
         tensor([0.4020])
@@ -140,7 +140,7 @@ def sliced_statistic(
     Source:
         Balestriero, LeCun 2025 (LeJEPA), arXiv 2511.08544.
 
-    Example:
+    Examples:
         >>> embeddings = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
         >>> directions = random_directions(8, 64, torch.Generator().manual_seed(1))
         >>> near, far = sliced_statistic(embeddings, directions), sliced_statistic(embeddings * 0, directions)

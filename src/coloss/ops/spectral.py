@@ -52,7 +52,7 @@ def matricize(
     Source:
         Xu et al. 2020 (TRP), arXiv 2004.14566, section 3.
 
-    Example:
+    Examples:
         >>> matrix, restore = matricize(torch.zeros(8, 4, 3, 3), "spatial")
         >>> matrix.shape, restore(matrix).shape
         (torch.Size([12, 24]), torch.Size([8, 4, 3, 3]))
@@ -118,7 +118,7 @@ def truncated_svd(
     Source:
         Eckart, Young 1936.
 
-    Example:
+    Examples:
         >>> U, S, Vh, rank = truncated_svd(torch.diag(torch.tensor([3.0, 1.0])), energy=0.9)
         >>> rank, S.tolist()
         (1, [3.0])
@@ -156,7 +156,7 @@ def nuclear_norm(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, 
     Source:
         Watson 1992, Characterization of the subdifferential of some matrix norms.
 
-    Example:
+    Examples:
         >>> matrix = torch.diag(torch.tensor([3.0, 0.0])).requires_grad_()
         >>> nuclear_norm(matrix).backward()
         >>> matrix.grad.tolist()
@@ -184,7 +184,7 @@ def gram_singular_values(embeddings: Float[Tensor, "samples features"]) -> Float
     Cost:
         $O(N D \min(N, D))$ time, much less than an SVD for $N \gg D$; $\min(N, D)^2$ memory beside the input.
 
-    Example:
+    Examples:
         >>> gram_singular_values(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])).tolist()
         [4.0, 3.0]
     """
@@ -227,7 +227,7 @@ def effective_rank(
     Source:
         Roy, Vetterli 2007; Garrido et al. 2023 (RankMe), arXiv 2210.02885, equation 1.
 
-    Example:
+    Examples:
         >>> effective_rank(torch.tensor([[2.0, 2.0, 2.0], [2.0, 0.0, 0.0]])).round(decimals=4)
         tensor([3., 1.])
     """
@@ -256,7 +256,7 @@ def rank_at_energy(singular_values: Float[Tensor, "*batch values"], energy: floa
     Raises:
         ValueError: if `energy` is outside (0, 1].
 
-    Example:
+    Examples:
         >>> (
         ...     rank_at_energy(torch.tensor([3.0, 1.0, 0.0]), 0.9),
         ...     rank_at_energy(torch.tensor([3.0, 1.0, 0.0]), 1.0),

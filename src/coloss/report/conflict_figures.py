@@ -20,7 +20,7 @@ def conflict_figure(conflicts: ConflictMap) -> Figure:
 
     The scale runs from -1 (opposed) over 0 (unrelated) to 1 (aligned), whatever the data.
 
-    Example:
+    Examples:
         >>> found = ConflictMap(
         ...     "a", steps=[0, 50], pairs=[("u", "v")], cosine=[[-0.5, 0.5]], norms={}, seeds=1
         ... )
@@ -64,7 +64,7 @@ def conflict_figure(conflicts: ConflictMap) -> Figure:
 def norm_figure(conflicts: ConflictMap, style: Style) -> Figure:
     """Gradient norms of the loss terms of one arm over steps: log scale, the arm's colour, a dash for each term.
 
-    Example:
+    Examples:
         >>> from coloss.report.palette import arm_styles
         >>> found = ConflictMap("a", steps=[0, 50], pairs=[], cosine=[], norms={"u": [1.0, 0.0]}, seeds=1)
         >>> norm_figure(found, arm_styles(["a"], "a")["a"])["data"][0]["y"]  # a norm of 0 has no logarithm

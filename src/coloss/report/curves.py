@@ -98,7 +98,7 @@ def training_curve(trials: Sequence[TrialRecord], group: Group, name: str, axis:
     Returns:
         The curve, or None where no trial logged the quantity. NaN where a seed had no finite value.
 
-    Example:
+    Examples:
         >>> from coloss.lab.records import Cost, HistoryPoint
         >>> cost = Cost(seconds=1, steps=10, steps_per_second=10, parameters=5)
         >>> def run(seed, loss):
@@ -187,7 +187,7 @@ def summarize_conflicts(trials: Sequence[TrialRecord]) -> list[PairConflict]:
 def split_pair(name: str) -> tuple[str, str]:
     """Take the key of a gradient cosine apart.
 
-    Example:
+    Examples:
         >>> split_pair("cross_entropy|distillation")
         ('cross_entropy', 'distillation')
     """

@@ -36,7 +36,7 @@ def difference_svg(
     Raises:
         ValueError: if differences are empty or not finite, or the interval is not finite or not in order.
 
-    Example:
+    Examples:
         >>> svg = difference_svg([0.004, 0.009, 0.014], (-0.003, 0.021), unit="points", factor=100)
         >>> svg.startswith("<svg"), svg.count("<circle")
         (True, 3)
@@ -107,7 +107,7 @@ def axis_ticks(low: float, high: float, most: int = 5) -> tuple[list[float], int
         high: upper end; an interval without width is widened around its value.
         most: about how many steps at most.
 
-    Example:
+    Examples:
         >>> axis_ticks(-0.3, 2.1)
         ([-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5], 1)
     """

@@ -49,7 +49,7 @@ def base_layout(height: int, x: str = "") -> Figure:
 def log_axis(low: float, high: float) -> Figure:
     """Settings of a logarithmic axis from low to high, both positive, with a handful of round ticks.
 
-    Example:
+    Examples:
         >>> log_axis(0.1, 10)["ticktext"]
         ['0.1', '0.2', '0.5', '1', '2', '5', '10']
     """
@@ -101,7 +101,7 @@ def rule(axis: Literal["x", "y"], at: float, color: str, width: float = 1, dash:
 def text(words: str) -> str:
     """Make words safe inside a chart, where Plotly reads `<`, `&` and `%{` as markup.
 
-    Example:
+    Examples:
         >>> text("<b> 50%")
         '&lt;b&gt; 50&#37;'
     """
@@ -111,7 +111,7 @@ def text(words: str) -> str:
 def shorten(words: str, longest: int = LONGEST_LABEL) -> str:
     """Take the middle out of words that are too long for a label: names often differ at their ends.
 
-    Example:
+    Examples:
         >>> shorten("a-very-long-name-of-an-arm", 12)
         'a-very…n-arm'
     """
@@ -124,7 +124,7 @@ def shorten(words: str, longest: int = LONGEST_LABEL) -> str:
 def rounded(values: Sequence[float]) -> list[float | None]:
     """Numbers for JSON: six digits, None where a number is not finite.
 
-    Example:
+    Examples:
         >>> rounded([1 / 3, float("nan")])
         [0.333333, None]
     """

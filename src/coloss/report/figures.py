@@ -51,7 +51,7 @@ def ranking_figure(
         direction: which way is better; said on the axis.
         differences: paired differences, with the baseline as the zero line; else the metric's own values.
 
-    Example:
+    Examples:
         >>> ranking_figure([], {}, Quantity("accuracy", 100, "%", "points"))["layout"]["xaxis"]["title"][
         ...     "text"
         ... ]
@@ -111,7 +111,7 @@ def curve_figure(
         height: in pixels.
         target: drawn as a dashed line.
 
-    Example:
+    Examples:
         >>> from coloss.report.palette import arm_styles
         >>> curve = Curve("plain", x=[0, 10], mean=[0.1, 0.9], low=[0.1, 0.8], high=[0.1, 0.95], seeds=3)
         >>> styles = arm_styles(["plain"], "plain")

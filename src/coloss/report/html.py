@@ -34,7 +34,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
     Cost: about 5 MB on disk, nearly all of it the chart library.
 
-    Example:
+    Examples:
         >>> write_report("no-such-folder")
         Traceback (most recent call last):
         coloss.errors.InputError: no file no-such-folder/comparison.json: is this the folder of a comparison?
@@ -58,7 +58,7 @@ def render_report(record: ComparisonRecord, trials: Sequence[TrialRecord]) -> st
     Returns:
         A whole HTML document without references to anything outside it.
 
-    Example:
+    Examples:
         >>> from coloss.lab.records import ArmRecord
         >>> plan = ComparisonRecord(
         ...     title="t",

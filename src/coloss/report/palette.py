@@ -97,7 +97,7 @@ def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
     Returns:
         One style for each arm.
 
-    Example:
+    Examples:
         >>> styles = arm_styles(["plain", "dhkd"], "plain")
         >>> styles["plain"].color, styles["dhkd"].color
         ('#1b1d21', '#2063c4')
@@ -119,7 +119,7 @@ def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
 def dark_of_light() -> dict[str, str]:
     """List the dark colour of every light one; a chart changes its theme by looking its colours up here.
 
-    Example:
+    Examples:
         >>> dark_of_light()["#2063c4"]
         '#5688f0'
     """

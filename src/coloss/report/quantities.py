@@ -37,7 +37,7 @@ class Quantity:
     def number(self, value: float | None, signed: bool = False) -> str:
         """Write the scaled number alone; an en dash where there is none.
 
-        Example:
+        Examples:
             >>> Quantity("accuracy", factor=100, decimals=1).number(0.009, signed=True)
             '+0.9'
         """
@@ -59,7 +59,7 @@ class Quantity:
     def value(self, value: float | None) -> str:
         """Write a value of the metric with its unit.
 
-        Example:
+        Examples:
             >>> Quantity("accuracy", factor=100, unit="%", decimals=1).value(0.921)
             '92.1%'
         """
@@ -69,7 +69,7 @@ class Quantity:
     def amount(self, value: float | None) -> str:
         """Write the size of a difference, without its sign.
 
-        Example:
+        Examples:
             >>> Quantity("accuracy", factor=100, unit="%", difference_unit="points", decimals=1).amount(
             ...     -0.009
             ... )
@@ -93,7 +93,7 @@ def describe_metric(name: str, values: Iterable[float] = ()) -> Quantity:
         name: the metric's name, such as "accuracy" or "recall@5".
         values: what will be shown; numbers that are not finite are left out.
 
-    Example:
+    Examples:
         >>> describe_metric("accuracy", [0.91, 0.93]).value(0.921)
         '92.1%'
         >>> describe_metric("nll", [2.31, 2.44, 2.52]).value(2.4)
@@ -116,7 +116,7 @@ def describe_metric(name: str, values: Iterable[float] = ()) -> Quantity:
 def duration(seconds: float | None) -> str:
     """Write a time span in the largest unit that keeps it readable.
 
-    Example:
+    Examples:
         >>> duration(0.42), duration(12.34), duration(95), duration(7325)
         ('0.42 s', '12.3 s', '1 min 35 s', '2 h 2 min')
     """
@@ -134,7 +134,7 @@ def duration(seconds: float | None) -> str:
 def cosine(value: float | None) -> str:
     """Write a cosine.
 
-    Example:
+    Examples:
         >>> cosine(0.25), cosine(-0.004)
         ('+0.25', '0.00')
     """
@@ -144,7 +144,7 @@ def cosine(value: float | None) -> str:
 def count(number: float | None) -> str:
     """Write a count with thousands apart, and millions short.
 
-    Example:
+    Examples:
         >>> count(1234), count(12_345_678), count(49.83)
         ('1,234', '12.3 M', '49.8')
     """
@@ -160,7 +160,7 @@ def count(number: float | None) -> str:
 def memory(megabytes: float | None) -> str:
     """Write an amount of memory.
 
-    Example:
+    Examples:
         >>> memory(12.34), memory(2048)
         ('12.3 MB', '2.0 GB')
     """

@@ -74,7 +74,7 @@ def rank_arms(record: ComparisonRecord, trials: Sequence[TrialRecord]) -> list[R
     Raises:
         ValueError: if a trial is of an arm that the plan does not have.
 
-    Example:
+    Examples:
         >>> from coloss.lab.records import ArmRecord, Cost
         >>> plan = ComparisonRecord(
         ...     title="t",

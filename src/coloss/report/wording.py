@@ -25,7 +25,7 @@ def headline(record: ComparisonRecord, rows: Sequence[Row]) -> str:
     Returns:
         Plain text; names of arms stand as they are, so a page must escape them.
 
-    Example:
+    Examples:
         >>> from coloss.lab.records import ArmRecord
         >>> plan = ComparisonRecord(
         ...     title="t",
@@ -70,7 +70,7 @@ def tally(rows: Sequence[Row]) -> list[tuple[str, int]]:
 def seeds(number: int) -> str:
     """Write a number of seeds.
 
-    Example:
+    Examples:
         >>> seeds(1), seeds(5)
         ('1 seed', '5 seeds')
     """
@@ -80,7 +80,7 @@ def seeds(number: int) -> str:
 def budget_text(budget: dict[str, float]) -> str:
     """Write a budget, such as "30 s" or "20 epochs".
 
-    Example:
+    Examples:
         >>> budget_text({"epochs": 20.0}), budget_text({"seconds": 30.0})
         ('20 epochs', '30 s')
     """

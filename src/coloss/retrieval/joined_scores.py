@@ -19,7 +19,7 @@ class JoinedScores(NamedTuple):
         relevance: bool, like `scores`.
         ignore: bool, like `scores`: pairs to leave out; None if there are none.
 
-    Example:
+    Examples:
         >>> joined_scores((torch.eye(2), torch.eye(2)), Batch(None)).scores
         tensor([[1., 0.],
                 [0., 1.]])
@@ -54,7 +54,7 @@ def joined_scores(outputs: Any, batch: Batch) -> JoinedScores:
     Cost:
         Every process holds all pairs: W^2 B M scores for W processes.
 
-    Example:
+    Examples:
         >>> embeddings = torch.eye(3), torch.eye(3)
         >>> joined_scores(
         ...     embeddings, Batch(None, extras={"document": torch.tensor([5, 6, 5])})

@@ -104,7 +104,7 @@ def mann_whitney_loss(
     Source:
         arXiv 2510.00137, 2025; Burges et al. 2005 (RankNet) for `scope="query"`.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([[0.5, 0.3], [0.9, 0.7]])
         >>> within = mann_whitney_loss(scores, torch.eye(2), temperature=0.01, scope="query")
         >>> across = mann_whitney_loss(scores, torch.eye(2), temperature=0.01)
@@ -154,7 +154,7 @@ class MannWhitneyLoss(nn.Module):
     Source:
         arXiv 2510.00137, 2025.
 
-    Example:
+    Examples:
         >>> loss = MannWhitneyLoss(temperature=0.05)
         >>> loss(torch.zeros(4, 6), torch.eye(4, 6))  # log 2
         tensor(0.6931)
@@ -219,7 +219,7 @@ class MannWhitneyRetrieval(Method):
     Source:
         arXiv 2510.00137, 2025.
 
-    Example:
+    Examples:
         >>> import coloss
         >>> pairs = coloss.data.IndexedDataset((torch.randn(32, 6), torch.randn(32, 6)))
         >>> model = DualEncoder(MLP(6, [16], 4), MLP(6, [16], 4))

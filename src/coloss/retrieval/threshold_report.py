@@ -26,7 +26,7 @@ class ThresholdReport:
             accepted at no more than the chosen false positive rate of that query. All equal if scores are calibrated.
         query_false_positive_rates: of the share of its irrelevant documents that a query accepts at the common threshold.
 
-    Example:
+    Examples:
         >>> report = threshold_report(torch.eye(3), torch.eye(3), fpr=0.0)
         >>> report.threshold, report.precision, report.recall
         (1.0, 1.0, 1.0)
@@ -68,7 +68,7 @@ def threshold_report(
     Cost:
         O(queries * documents * log) time.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([[0.9, 0.4, 0.3], [0.5, 0.8, 0.1]])
         >>> report = threshold_report(scores, torch.eye(2, 3), fpr=0.25, quantiles=(0.0, 1.0))
         >>> round(report.threshold, 4), report.recall, report.query_false_positive_rates

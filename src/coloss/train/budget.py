@@ -15,7 +15,7 @@ class Budget:
     Raises:
         ValueError: if not exactly one limit is given, or it is not > 0.
 
-    Example:
+    Examples:
         >>> Budget(steps=100).progress(step=25, epoch_share=0.0, seconds=3.0)
         0.25
     """
@@ -44,7 +44,7 @@ class Budget:
         Raises:
             ValueError: if the text is none of these.
 
-        Example:
+        Examples:
             >>> Budget.parse("2m"), Budget.parse("300steps").steps
             (Budget(epochs=None, steps=None, seconds=120.0), 300)
         """

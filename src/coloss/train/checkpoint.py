@@ -139,7 +139,7 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     Raises:
         InputError: if the file cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> model = nn.Linear(2, 1)
         >>> path = save_model(model, Path(tempfile.mkdtemp()) / "model.safetensors")

@@ -24,7 +24,7 @@ class WeightedSum(nn.Module):
     Raises:
         InputError: at the first step, if a name in `weights` is no term of the run.
 
-    Example:
+    Examples:
         >>> state = State(nn.Identity())
         >>> terms = {"cross_entropy": torch.tensor(2.0), "kd": torch.tensor(10.0)}
         >>> WeightedSum({"kd": 0.5})(state, terms)
@@ -77,7 +77,7 @@ class UncertaintyWeighting(nn.Module):
 
     Source: Kendall, Gal and Cipolla, 2018, arXiv:1705.07115, equation 7.
 
-    Example:
+    Examples:
         >>> combine = UncertaintyWeighting(["a", "b"])
         >>> combine(State(nn.Identity()), {"a": torch.tensor(2.0), "b": torch.tensor(4.0)}).item()
         3.0
@@ -113,7 +113,7 @@ class JacobianDescent(nn.Module):
 
     Source: Quinton and Rey, 2024, arXiv:2406.16232.
 
-    Example:
+    Examples:
         >>> from torchjd.aggregation import UPGrad
         >>> import coloss
         >>> data = (torch.randn(32, 4), torch.randint(3, (32,)))

@@ -35,7 +35,7 @@ class ConflictMonitor:
 
     Cost: one extra backward pass for each term, on the steps it looks; nothing on the others.
 
-    Example:
+    Examples:
         >>> import coloss
         >>> monitor = ConflictMonitor(every=1)
         >>> def opposed(outputs, targets):

@@ -14,7 +14,7 @@ import torch
 class Clock:
     """Counts seconds while it runs; evaluation and checkpoints happen while it is paused.
 
-    Example:
+    Examples:
         >>> clock = Clock(seconds=2.0)
         >>> clock.seconds()
         2.0

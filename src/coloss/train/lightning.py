@@ -36,7 +36,7 @@ class MethodCallback(Callback):
         InputError: if the attribute is missing, a method replaces the objective (return 0 * loss from `training_step` instead), or two
             methods take over the backward pass.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import LightningModule, Trainer
         >>> from coloss import MethodCallback
         >>> callback = MethodCallback([])

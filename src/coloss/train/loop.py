@@ -35,7 +35,7 @@ class NonFiniteLossError(ArithmeticError):
 class Target:
     """A metric value to reach; the run records the training seconds it took.
 
-    Example:
+    Examples:
         >>> Target("accuracy", 0.95).met({"accuracy": 0.96})
         True
     """
@@ -152,7 +152,7 @@ def fit(
 
     Cost: no copies of the data; per step, microseconds over Fabric's own (`coloss bench loop`).
 
-    Example:
+    Examples:
         >>> import torch
         >>> inputs = torch.randn(64, 4)
         >>> model = nn.Linear(4, 2)

@@ -23,7 +23,7 @@ class Method(nn.Module):
         term_weights: default weight (number or schedule) of each term it returns; 1 where absent. The combiner may override.
         replaces_objective: if True, the run's objective is not computed: the terms of this method stand in for it.
 
-    Example:
+    Examples:
         >>> import torch, coloss
         >>> class Smoothness(Method):
         ...     def terms(self, state):

@@ -14,7 +14,7 @@ Schedule: TypeAlias = float | int | Callable[[float], float]
 def value_at(schedule: Schedule, progress: float) -> float:
     """Evaluate a schedule, or pass a plain number through.
 
-    Example:
+    Examples:
         >>> value_at(0.5, progress=0.9), value_at(linear(0.0, 1.0), progress=0.25)
         (0.5, 0.25)
     """
@@ -24,7 +24,7 @@ def value_at(schedule: Schedule, progress: float) -> float:
 def linear(start: float, end: float) -> Callable[[float], float]:
     """A straight line from `start` to `end`.
 
-    Example:
+    Examples:
         >>> linear(1.0, 0.0)(0.75)
         0.25
     """
@@ -39,7 +39,7 @@ def cosine(start: float = 1.0, end: float = 0.0, warmup: float = 0.0) -> Callabl
     Raises:
         ValueError: if `warmup` is outside [0, 1).
 
-    Example:
+    Examples:
         >>> schedule = cosine(warmup=0.1)
         >>> schedule(0.05), schedule(0.1), round(schedule(1.0), 12)
         (0.5, 1.0, 0.0)
@@ -60,7 +60,7 @@ def cosine(start: float = 1.0, end: float = 0.0, warmup: float = 0.0) -> Callabl
 def step_decay(milestones: tuple[float, ...], factor: float = 0.1) -> Callable[[float], float]:
     """1, multiplied by `factor` at each milestone (shares of training).
 
-    Example:
+    Examples:
         >>> [step_decay((0.5, 0.75))(progress) for progress in (0.4, 0.5, 0.8)]
         [1.0, 0.1, 0.010000000000000002]
     """
@@ -72,7 +72,7 @@ def gradual(rate: float = 10.0) -> Callable[[float], float]:
 
     Source: Ganin et al., 2016, arXiv:1505.07818, section 5.2.2.
 
-    Example:
+    Examples:
         >>> gradual()(0.0), round(gradual()(1.0), 4)
         (0.0, 0.9999)
     """

@@ -34,7 +34,7 @@ class TrainingStep(nn.Module):
         InputError: if two methods (or a method and the combiner) both take over the backward pass; if there is no objective and no
             method; at the first step, if two sources give a term of the same name, or a term is not a scalar.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Linear(4, 3)
         >>> step = TrainingStep(model, nn.functional.cross_entropy, total_steps=2)
@@ -179,7 +179,7 @@ class TrainingStep(nn.Module):
 def term_name(objective: Any) -> str:
     """The name a bare objective's term is logged by: `cross_entropy` for `F.cross_entropy` and for `nn.CrossEntropyLoss()`.
 
-    Example:
+    Examples:
         >>> (
         ...     term_name(nn.CrossEntropyLoss()),
         ...     term_name(nn.functional.mse_loss),

@@ -42,7 +42,7 @@ def interleaved(
     Raises:
         ValueError: if `rounds` < 1.
 
-    Example:
+    Examples:
         >>> interleaved({"one": lambda: 1.0, "two": lambda: (2.0, 3.0)}, rounds=2)["two"].tolist()
         [[2.0, 3.0], [2.0, 3.0]]
     """
@@ -86,7 +86,7 @@ def cost_here(path: str, **arguments: Any) -> Cost:
     Raises:
         InputError: if there is nothing at `path`.
 
-    Example:
+    Examples:
         >>> cost = cost_here("coloss.lab.benchmarks.rankme.svd_route", samples=64, features=4)
         >>> cost.seconds > 0, 1 <= cost.result <= 4
         (True, True)
@@ -115,7 +115,7 @@ def cost_in_fresh_process(path: str, **arguments: Any) -> Cost:
 
     Cost: starting Python and importing torch, seconds that are not counted.
 
-    Example:
+    Examples:
         >>> path = "coloss.lab.benchmarks.rankme.svd_route"
         >>> cost = cost_in_fresh_process(path, samples=64, features=4)
         >>> abs(cost.result - cost_here(path, samples=64, features=4).result) < 1e-9

@@ -53,7 +53,7 @@ def measure(
 def gram_route(samples: int, features: int) -> Callable[[], float]:
     """RankMe as coloss computes it, ready to run.
 
-    Example:
+    Examples:
         >>> 1 <= gram_route(samples=64, features=4)() <= 4
         True
     """
@@ -65,7 +65,7 @@ def gram_route(samples: int, features: int) -> Callable[[], float]:
 def svd_route(samples: int, features: int) -> Callable[[], float]:
     """RankMe from all singular values in float64, ready to run.
 
-    Example:
+    Examples:
         >>> abs(svd_route(64, 4)() / gram_route(64, 4)() - 1) < 1e-6
         True
     """
@@ -75,7 +75,7 @@ def svd_route(samples: int, features: int) -> Callable[[], float]:
 def single_svd_route(samples: int, features: int) -> Callable[[], float]:
     """RankMe from all singular values in float32, the precision of the embeddings, ready to run.
 
-    Example:
+    Examples:
         >>> abs(single_svd_route(64, 4)() / gram_route(64, 4)() - 1) < 1e-4
         True
     """
@@ -91,7 +91,7 @@ def _ready(samples: int, features: int, rank: Callable[[Tensor], Tensor]) -> Cal
 def correlated_embeddings(samples: int, features: int) -> Tensor:
     """Embeddings whose singular values fall like those of a trained network, about as 1 / k, in a rotated basis.
 
-    Example:
+    Examples:
         >>> correlated_embeddings(50, 4).shape
         torch.Size([50, 4])
     """

@@ -22,7 +22,7 @@ class Row:
         at_least: whether `limit` is a lower limit.
         note: what a reader must know beside the number.
 
-    Example:
+    Examples:
         >>> row = Row.of("half", [[1.0, 1.0], [3.0, 2.0]], "s", over=[[2.0, 2.0], [6.0, 4.0]], limit=1.5)
         >>> row.value, row.cpu, row.ratio, row.met
         (2.0, 1.5, 0.5, False)

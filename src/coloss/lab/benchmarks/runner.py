@@ -34,7 +34,7 @@ def run_benchmarks(name: str | None, console: Console) -> list[dict[str, Any]]:
     Raises:
         InputError: if there is no benchmark of that name.
 
-    Example:
+    Examples:
         >>> run_benchmarks("lop", Console())
         Traceback (most recent call last):
         ...
