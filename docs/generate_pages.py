@@ -106,7 +106,7 @@ def page(entry: Entry) -> str:
         "",
         f"Acts on: {', '.join(entry.acts_on)}.",
         "",
-        rest.strip(),
+        without_tags(rest.strip()),
         "",
         *measured(entry),
         "## Use",
@@ -119,6 +119,17 @@ def page(entry: Entry) -> str:
         "",
     ]
     lines += [f"::: {path}\n" for path in entry.api]
+    return "\n".join(lines)
+
+
+def without_tags(text: str) -> str:
+    """Keep `<a, b>` in prose from being taken for HTML; code stays as it is."""
+    lines = []
+    for line in text.splitlines():
+        parts = line.split("`")
+        if not line.startswith("    "):
+            parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+        lines.append("`".join(parts))
     return "\n".join(lines)
 
 
