@@ -22,7 +22,7 @@ import numpy as np
 class Method(nn.Module):
     """Acts.
 
-    Example:
+    Examples:
         >>> Method(np.ones(2), SIZE)
         Method()
     """
@@ -60,6 +60,7 @@ def test_a_room_is_read_from_its_source(tmp_path):
 
 
 def test_an_example_comes_with_its_imports(tmp_path):
+    assert room_example(write(tmp_path, ROOM.replace("Examples:", "Example:")), "my.room", ["Method"])
     path = write(tmp_path, ROOM)
     assert room_example(path, "my.room", ["absent", "Method"]).splitlines() == [
         ">>> import numpy as np",

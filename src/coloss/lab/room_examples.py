@@ -37,15 +37,15 @@ def room_example(path: Path, module: str, names: Iterable[str]) -> str:
 
 
 def _example_section(docstring: str) -> str:
-    """What stands under `Example:`.
+    """What stands under `Examples:`, or `Example:`.
 
     Examples:
         >>> _example_section("Adds. \\n\\nExample:\\n    1 + 1\\n")
         '1 + 1'
     """
-    _, _, rest = docstring.partition("\nExample:\n")
+    found = re.search(r"^Examples?:\n", docstring, re.MULTILINE)
     lines = []
-    for line in rest.splitlines():
+    for line in docstring[found.end() :].splitlines() if found else ():
         if line and not line.startswith(" "):
             break
         lines.append(line)
