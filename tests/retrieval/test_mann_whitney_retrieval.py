@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -176,7 +177,7 @@ def test_false_negatives_that_ids_give_away_are_not_pushed_apart():
 
 
 def test_mixed_precision_trains_with_a_loss_in_float32():
-    fabric = coloss.train.loop.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     run = train(MannWhitneyRetrieval(), fabric=fabric, budget=Budget(steps=3))
     full = train(MannWhitneyRetrieval(), budget=Budget(steps=3))
     found, expected = (r.history[0].terms["mann_whitney"] for r in (run, full))
