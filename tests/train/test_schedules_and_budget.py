@@ -47,7 +47,7 @@ def test_budget_reads_what_people_type(text, expected):
     assert Budget.parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "60", "sixty s", "1.5steps", "3 hours", "s"])
+@pytest.mark.parametrize("text", ["", "60", "sixty s", "1.5steps", "3 hours", "s", "infsteps", "nansteps"])
 def test_budget_refuses_the_rest(text):
     with pytest.raises(ValueError, match="budget must look like"):
         Budget.parse(text)
@@ -59,7 +59,9 @@ def test_budget_is_one_limit(limits):
         Budget(**limits)
 
 
-@pytest.mark.parametrize("limits", [{"steps": 0}, {"seconds": -1.0}, {"epochs": float("nan")}])
+@pytest.mark.parametrize(
+    "limits", [{"steps": 0}, {"seconds": -1.0}, {"epochs": float("nan")}, {"seconds": float("inf")}]
+)
 def test_budget_is_positive(limits):
     with pytest.raises(ValueError, match="must be > 0"):
         Budget(**limits)

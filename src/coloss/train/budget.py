@@ -1,5 +1,6 @@
 """How long to train: epochs, steps or seconds."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -29,8 +30,8 @@ class Budget:
         if len(given) != 1:
             raise ValueError(f"budget must be exactly one of epochs, steps, seconds, got {given or 'none'}")
         name, value = next(iter(given.items()))
-        if not value > 0:
-            raise ValueError(f"budget {name} must be > 0, got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"budget {name} must be > 0 and finite, got {value}")
 
     def as_dict(self) -> dict[str, float]:
         """The limit as {"steps": 100}."""
@@ -56,7 +57,7 @@ class Budget:
                 except ValueError:
                     break
                 if name == "steps":
-                    if value != int(value):
+                    if not math.isfinite(value) or value != int(value):
                         break
                     return cls(steps=int(value))
                 return cls(epochs=value) if name == "epochs" else cls(seconds=value)

@@ -54,9 +54,13 @@ class ConflictMonitor:
         if self.every < 1:
             raise ValueError(f"every must be >= 1, got {self.every}")
 
+    def is_due(self, state: State, terms: dict[str, Tensor]) -> bool:
+        """Tell whether this step is one to look at: every k-th, with at least two terms."""
+        return state.step % self.every == 0 and len(terms) >= 2
+
     def look(self, state: State, terms: dict[str, Tensor]) -> None:
-        """Measure now, if it is time and there are at least two terms; the graph is kept."""
-        if state.step % self.every or len(terms) < 2:
+        """Measure now, if it is due; the graph is kept."""
+        if not self.is_due(state, terms):
             return
         chosen = state.trainable if self.parameters is None else list(self.parameters(state.model))
         gradients = {

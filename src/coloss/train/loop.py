@@ -357,8 +357,11 @@ class _Run:
             raise NonFiniteLossError(
                 f"loss term {name!r} is {term.item()} at step {self.state.step}; {self._last_good()}"
             )
-        if self.monitor is not None:
+        if self.monitor is not None and self.monitor.is_due(self.state, terms):
+            # Looking is no training: a budget in seconds must not favour the arm with fewer terms.
+            self.clock.pause()
             self.monitor.look(self.state, terms)
+            self.clock.start()
 
     def _last_good(self) -> str:
         if self.last_checkpoint is not None:
