@@ -18,8 +18,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/coloss compare digits --methods cross-entropy,dhkd,trp --seeds 3
 
+# One worker for each file: the examples of a page build on each other.
 test: setup browser
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The report is looked at in headless Chromium; without it those tests are skipped and say so.
 browser:
