@@ -30,7 +30,7 @@ def loss_functions(directions: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
 
     def contrastive(z: Tensor) -> Tensor:
         joined = gather_with_gradient(z)
-        return info_nce_loss(joined[:, :2], joined[:, 2:], 0.5, symmetric=True)
+        return info_nce_loss(joined[:, :2], joined[:, 2:], 0.5, symmetric=True, across_processes=False)
 
     def pooled(z: Tensor) -> Tensor:
         return pairwise_logistic_loss(gather_with_gradient(z[:, 0]), gather_with_gradient(z[:, 1]), 0.5)
@@ -47,7 +47,7 @@ def loss_functions(directions: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
 def local_rows_against_all_keys(z: Tensor, number: int) -> Tensor:
     """The usual split of a contrastive loss: own queries against gathered keys, own keys turned to the front."""
     queries, keys = z[:, :2], gather_with_gradient(z[:, 2:])
-    return info_nce_loss(queries, keys.roll(-number * len(z), 0), 0.5)
+    return info_nce_loss(queries, keys.roll(-number * len(z), 0), 0.5, across_processes=False)
 
 
 def averaged_gradient(loss: Callable[[Tensor], Tensor], rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:

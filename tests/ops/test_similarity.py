@@ -144,16 +144,13 @@ def test_many_small_terms_are_not_lost_in_float32():
     assert pairwise_logistic_loss(p, n, 1.0).item() == pytest.approx(exact, rel=1e-6)
 
 
-def test_pairwise_memory_is_that_of_a_chunk(largest_tensor, saved_tensors):
+def test_pairwise_memory_is_that_of_a_tile(largest_tensor, saved_tensors):
     p, n = torch.randn(400, requires_grad=True), torch.randn(300, requires_grad=True)
     with saved_tensors() as kept, largest_tensor() as meter:
-        value = pairwise_logistic_loss(p, n, 0.1, chunk_size=1000)
-        assert kept.numel == 700  # its gradients, ready made
+        value = pairwise_logistic_loss(p, n, 0.1, chunk_size=20)
+        assert kept.numel <= 4 * 700  # a few vectors, no matrix of pairs
         value.backward()
-    assert meter.numel <= 1000
-    with largest_tensor() as meter:  # chunks smaller than a row are honoured as well
-        pairwise_logistic_loss(p, n, 0.1, chunk_size=250)
-    assert meter.numel <= 400
+    assert meter.numel <= 2 * 400
 
 
 def dense_info_nce(q, k, temperature, ignore=None):
@@ -267,9 +264,9 @@ def test_no_score_matrix_survives_or_exists(largest_tensor, saved_tensors):
     q, k = torch.randn(256, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
     with saved_tensors() as kept, largest_tensor() as meter:
         value = info_nce_loss(q, k, symmetric=True, chunk_size=8)
-        assert kept.numel == (256 + 300) * 4 + 2 * 256
+        assert kept.numel <= 3 * (256 + 300) * 4
         value.backward()
-    assert meter.numel <= 8 * 300
+    assert meter.numel <= 300 * 4
 
 
 def test_batched_gradients_equal_gradients_one_by_one():
@@ -281,16 +278,18 @@ def test_batched_gradients_equal_gradients_one_by_one():
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"),
+    "loss",
     [
-        ("pairwise_logistic_loss", lambda x: pairwise_logistic_loss(x[0], x[1], 0.5)),
-        ("info_nce_loss", lambda x: info_nce_loss(x, x, 0.5)),
+        lambda x: pairwise_logistic_loss(x[0], x[1], 0.5),
+        lambda x: info_nce_loss(x, x, 0.5),
     ],
 )
-def test_a_second_derivative_is_an_error(name, loss):
+def test_a_second_derivative_is_an_error(loss):
     x = randn(3, 4).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{name} can be differentiated only once"):
+    with pytest.raises(
+        RuntimeError, match="this loss on pairs of embeddings can be differentiated only once"
+    ):
         gradient.square().sum().backward()
 
 

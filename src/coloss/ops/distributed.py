@@ -136,7 +136,7 @@ class _AllReduceSum(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        counts = _row_counts(x)
+        counts = row_counts(x)
         ctx.start, ctx.rows = sum(counts[: rank()]), x.shape[0]
         # Collectives exchange equal shapes: short processes pad, and the padding is dropped on arrival.
         padded = x.new_zeros(max(counts), *x.shape[1:])
@@ -150,7 +150,7 @@ class _Gather(torch.autograd.Function):
         return _AllReduceSum.apply(gradient)[ctx.start : ctx.start + ctx.rows]
 
 
-def _row_counts(x: Tensor) -> list[int]:
+def row_counts(x: Tensor) -> list[int]:
     local = torch.tensor([x.shape[0]], device=x.device)
     counts = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(counts, local)

@@ -188,6 +188,40 @@ def project_conflicting(
     return merged, conflicted
 
 
+def surrogate_gradient(
+    x: Float[Tensor, "*shape"],
+    gradient: Float[Tensor, "*shape"],
+    value: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, ""]:
+    r"""A scalar whose gradient with respect to a tensor is the one given: for losses that are known by their gradient alone.
+
+    $\sum_i g_i x_i$ with $g$ the `gradient`, held constant. The number itself means nothing, so another one may be put in its place,
+    for logs and stopping rules to read; the gradient stays.
+
+    Args:
+        x: logits, or whatever the gradient belongs to.
+        gradient: $g$, the same shape; computed in at least float32 where it is small against `x`.
+        value: what the scalar shows; by default the sum.
+
+    Returns:
+        A scalar, at least float32. Its second derivatives are 0, whatever the loss behind the gradient.
+
+    Raises:
+        ValueError: on unequal shapes.
+
+    Examples:
+        >>> x = torch.tensor([3.0, -1.0], requires_grad=True)
+        >>> loss = surrogate_gradient(x, torch.tensor([0.5, 2.0]), value=torch.tensor(7.0))
+        >>> loss.backward()
+        >>> loss.item(), x.grad
+        (7.0, tensor([0.5000, 2.0000]))
+    """
+    if gradient.shape != x.shape:
+        raise ValueError(f"gradient must have the shape {tuple(x.shape)} of x, got {tuple(gradient.shape)}")
+    linear = (full_precision(x) * gradient.detach()).sum()
+    return linear if value is None else straight_through(value.detach().to(linear.dtype), linear)
+
+
 def needs_gradient(*inputs: Tensor) -> bool:
     """Whether autograd will follow an operation on these tensors, so that slopes are worth computing on the way.
 
@@ -239,7 +273,7 @@ def first_order_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., 
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
-        def guarded(ctx: Any, *incoming: Tensor) -> Any:
+        def guarded(ctx: Any, *incoming: Tensor | None) -> Any:
             second_order = torch.is_grad_enabled()
             with torch.no_grad():
                 gradients = backward(ctx, *incoming)

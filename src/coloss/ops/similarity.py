@@ -1,121 +1,83 @@
-"""Losses on scores between queries and candidates, in memory that does not grow with the pairs."""
+"""Softmax losses on the similarities of embeddings, in memory that does not grow with the number of pairs.
+
+All stand on one streaming core (`coloss.ops.streaming`): scores are made tile by tile, each row (and column) keeps its log-sum-exp, and
+the backward pass makes the tiles again. The results are exact, not estimates. In a run of several processes the columns of all of them
+are compared, as if the batch had been joined; every process gets the joined batch's loss, and gradients to scale as in
+`coloss.ops.distributed`.
+"""
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from .gradients import first_order_only, needs_gradient
-from .precision import accumulation_dtype, full_precision, without_autocast
-
-# Pairs held at once by default: a block of a processor's cache, or enough to fill an accelerator.
-_PAIRS_ON_CPU = 2**18
-_PAIRS_ON_ACCELERATOR = 2**24
-
-
-def pairwise_logistic_loss(
-    positive: Float[Tensor, " positives"],
-    negative: Float[Tensor, " negatives"],
-    temperature: float,
-    chunk_size: int | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
-) -> Float[Tensor, ""]:
-    r"""Logistic cost of every positive score against every negative score, a smooth bound on 1 - AUC.
-
-    $\frac{1}{PN} \sum_{p, n} \log(1 + e^{-(s_p - s_n)/\tau})$. Divided by $\log 2$ it is never below the
-    share of wrongly ordered pairs. A constant added to all scores changes nothing. The gradients of one call
-    sum to 0.
-
-    Args:
-        positive: $s_p$, scores that should be high.
-        negative: $s_n$, scores that should be low; $-\infty$ leaves a score out of the sum, not of the mean.
-        temperature: $\tau > 0$.
-        chunk_size: pairs held at once, >= 1; by default chosen for the device.
-        reduction: `"mean"` over pairs or `"sum"`.
-
-    Returns:
-        A scalar, at least float32; 0, with a zero gradient, when either pool is empty. It can be
-        differentiated once.
-
-    Raises:
-        ValueError: on a temperature not above 0, `chunk_size` below 1, or an unknown reduction.
-
-    Cost:
-        $O(PN)$ time, $O(P + N + \text{chunk})$ memory; the gradient is formed in the same pass. A loop over
-        blocks of pairs; sums are accumulated in float64.
-
-    Source:
-        arXiv 2510.00137, 2025 (Mann-Whitney loss); Burges et al. 2005 (RankNet) for one pair.
-
-    Examples:
-        >>> pairwise_logistic_loss(torch.zeros(3), torch.zeros(5), temperature=0.1)  # log 2
-        tensor(0.6931)
-    """
-    _check_temperature(temperature)
-    _check_chunk_size(chunk_size)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    pairs = chunk_size or _default_pairs(positive.device)
-    total = _PairwiseLogistic.apply(
-        full_precision(positive),
-        full_precision(negative),
-        temperature,
-        pairs,
-        needs_gradient(positive, negative),
-    )
-    return total / max(positive.numel() * negative.numel(), 1) if reduction == "mean" else total
+from .distributed import is_distributed, row_counts
+from .loss_arguments import (
+    Reduction,
+    check_options,
+    check_pairs,
+    joint_groups,
+    over_temperature,
+    reduced,
+    same_type,
+)
+from .pair_sums import group_sum, pair_scores
+from .precision import full_precision, without_autocast
+from .score_tiles import Mask
+from .streaming import streaming_logsumexp
+from .target_sums import function_target_sums
 
 
 def info_nce_loss(
     queries: Float[Tensor, "queries dim"],
     keys: Float[Tensor, "keys dim"],
-    temperature: float = 0.07,
+    temperature: float | Float[Tensor, "*temperatures"] = 0.07,
     *,
     symmetric: bool = False,
+    ids: Shaped[Tensor, " keys"] | None = None,
     ignore: Bool[Tensor, "queries keys"] | None = None,
+    reduction: Reduction = "mean",
     chunk_size: int | None = None,
-) -> Float[Tensor, ""]:
+    across_processes: bool = True,
+) -> Float[Tensor, "*losses"]:
     r"""Softmax cost of finding each query's own key among all keys.
 
-    $\frac1B \sum_i [\log \sum_j e^{s_{ij}/\tau} - s_{ii}/\tau]$ with $s_{ij}$ the inner product of query $i$
-    and key $j$. Key $i$ is the positive of query $i$; keys beyond the number of queries are further
-    negatives. Give unit vectors for cosine similarity. For a learned temperature multiply the queries by its
-    inverse and pass 1.0.
+    $\frac1B \sum_i [\log \sum_j e^{s_{ij}/\tau} - s_{ii}/\tau]$ with $s_{ij}$ the inner product of query $i$ and key $j$. Key $i$ is the
+    positive of query $i$; keys beyond the number of queries are further negatives, such as a queue. Give unit vectors for cosine
+    similarity.
 
     Args:
         queries: $B$ embeddings.
         keys: at least $B$ embeddings.
-        temperature: $\tau > 0$.
+        temperature: $\tau > 0$: a number, a scalar tensor that may be learned, or one value for each query.
         symmetric: average with the loss of finding each of the first $B$ keys' query among all queries.
-        ignore: True where a pair is neither positive nor negative, see `duplicate_mask`; positives are always
-        kept.
-        chunk_size: queries compared at once, >= 1; by default chosen for the device.
+        ids: id of each key; query $i$ carries that of key $i$. Other keys with a query's own id are not taken for negatives.
+        ignore: True where a pair is neither positive nor negative, for masks that ids cannot express; positives are always kept.
+        reduction: over queries: `"mean"`, `"sum"`, or `"none"` for one value each.
+        chunk_size: side of the tile of scores held at once, >= 1; by default chosen for the device.
+        across_processes: compare with the keys of all processes of a run; False keeps to this one's.
 
     Returns:
-        A scalar, at least float32; 0 for no queries. It can be differentiated once.
+        A scalar (0 for no queries) or (queries,), at least float32. It can be differentiated once.
 
     Raises:
-        ValueError: if there are fewer keys than queries, widths differ, `ignore` has another shape, or
-        `temperature` or
-            `chunk_size` is out of range.
+        ValueError: if there are fewer keys than queries, widths differ, a mask has another shape, or an option is out of range.
 
     Cost:
-        $O(B M D)$ time; memory of the embeddings plus chunk x keys: scores are made again in the backward
-        pass. A loop over chunks of queries.
+        $O(B M D)$ time, four matrix products forward and backward; memory of the embeddings, their gradients and two tiles. Up to
+        about 4 million scores are kept for the backward pass, in place of being made again.
 
     Source:
-        van den Oord, Li, Vinyals 2018, arXiv 1807.03748.
+        van den Oord, Li, Vinyals 2018, arXiv 1807.03748; Radford et al. 2021, arXiv 2103.00020, for the symmetric form.
 
     Examples:
         >>> embeddings = torch.eye(4)
         >>> round(info_nce_loss(embeddings, embeddings, temperature=1.0).item(), 4)  # log(1 + 3 / e)
         0.7437
     """
-    _check_temperature(temperature)
-    _check_chunk_size(chunk_size)
+    check_options(temperature, reduction, chunk_size, len(queries))
     if keys.shape[0] < queries.shape[0] or keys.shape[1] != queries.shape[1]:
         rows, width = queries.shape
         raise ValueError(f"keys must have at least {rows} rows of width {width}, got {tuple(keys.shape)}")
@@ -123,11 +85,262 @@ def info_nce_loss(
         raise ValueError(
             f"ignore must have shape {(queries.shape[0], keys.shape[0])}, got {tuple(ignore.shape)}"
         )
-    rows = chunk_size or max(1, _default_pairs(queries.device) // max(keys.shape[0], 1))
-    first, second = full_precision(queries), full_precision(keys)
-    if first.dtype != second.dtype:
-        first, second = first.double(), second.double()
-    return _InfoNCE.apply(first, second, temperature, symmetric, ignore, rows)
+    if ids is not None and ids.shape != keys.shape[:1]:
+        raise ValueError(f"ids must have shape ({len(keys)},), got {tuple(ids.shape)}")
+    if symmetric and isinstance(temperature, Tensor) and temperature.ndim:
+        raise ValueError("temperature must be one number where symmetric=True, got one for each query")
+    ring = across_processes and is_distributed()
+    if ring and ignore is not None:
+        raise ValueError("ignore cannot name keys of other processes: give ids, or across_processes=False")
+
+    x, y = same_type(queries, keys)
+    x = over_temperature(x, temperature)
+    count = len(x)
+    own = (x * y[:count]).sum(1)
+    mask = Mask()
+    if ids is not None:
+        own_ids, all_ids = joint_groups(ids[:count], ids, ring)
+        mask = Mask(row_groups=own_ids, column_groups=all_ids)
+    elif ignore is not None:
+        mask = Mask(diagonal=0, ignore=ignore)
+    of_rows, of_columns = streaming_logsumexp(x, y, mask, columns=symmetric, side=chunk_size, ring=ring)
+    left_out = mask.diagonal is not None or mask.row_groups is not None
+    loss = (torch.logaddexp(of_rows, own) if left_out else of_rows) - own
+    if symmetric:
+        back = of_columns[:count]
+        loss = (loss + (torch.logaddexp(back, own) if left_out else back) - own) / 2
+    return reduced(loss, None, reduction, ring)
+
+
+def supervised_contrastive_loss(
+    embeddings: Float[Tensor, "samples dim"],
+    labels: Shaped[Tensor, " samples"],
+    temperature: float | Float[Tensor, "*temperatures"] = 0.07,
+    *,
+    references: Float[Tensor, "references dim"] | None = None,
+    reference_labels: Shaped[Tensor, " references"] | None = None,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+    across_processes: bool = True,
+) -> Float[Tensor, "*losses"]:
+    r"""Softmax cost of finding, for each sample, the others of its label among all others.
+
+    $\frac{1}{|A|} \sum_{i \in A} \frac{1}{|P_i|} \sum_{p \in P_i} [\log \sum_{a \ne i} e^{s_{ia}/\tau} - s_{ip}/\tau]$ with $P_i$ the other
+    samples of the label of $i$, and $A$ those that have any ("out" form). With two views of each image under one label this is NT-Xent.
+
+    Args:
+        embeddings: one row for each sample, unit vectors for cosine similarity.
+        labels: class, or id of the image that views were made of; numbers of any kind.
+        temperature: $\tau > 0$: a number, a scalar tensor that may be learned, or one value for each sample.
+        references: further positives and negatives that are no anchors, such as a queue of older embeddings.
+        reference_labels: their labels; one that is nobody's makes a pure negative.
+        reduction: over anchors with a positive: `"mean"`, `"sum"`; or `"none"`: one value each, 0 where there is no positive.
+        chunk_size: side of the tile of scores held at once, >= 1; by default chosen for the device.
+        across_processes: compare with the samples of all processes of a run; False keeps to this one's.
+
+    Returns:
+        A scalar (0 if no sample has a positive) or (samples,), at least float32. It can be differentiated once.
+
+    Raises:
+        ValueError: if shapes disagree or an option is out of range.
+
+    Cost:
+        $O(N^2 D)$ time: two matrix products, four with references or temperatures of samples. Memory of the embeddings, their gradient
+        and two tiles; positives enter by sums over each label, not pair by pair.
+
+    Source:
+        Khosla et al. 2020, arXiv 2004.11362, equation 2; Chen et al. 2020 (NT-Xent), arXiv 2002.05709.
+
+    Examples:
+        >>> views = torch.eye(2).repeat(2, 1)
+        >>> loss = supervised_contrastive_loss(views, torch.tensor([0, 1, 0, 1]), temperature=1.0)
+        >>> round(loss.item(), 4)  # log(e + 2) - 1
+        0.5514
+    """
+    check_options(temperature, reduction, chunk_size, len(embeddings))
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(embeddings)},), got {tuple(labels.shape)}")
+    if (references is None) != (reference_labels is None):
+        raise ValueError("references and reference_labels must be given together, got one of them")
+    if references is not None and references.shape[1:] != embeddings.shape[1:]:
+        raise ValueError(
+            f"references must have width {embeddings.shape[1]}, got shape {tuple(references.shape)}"
+        )
+    if (
+        references is not None
+        and reference_labels is not None
+        and reference_labels.shape != references.shape[:1]
+    ):
+        raise ValueError(
+            f"reference_labels must have shape ({len(references)},), got {tuple(reference_labels.shape)}"
+        )
+    ring = across_processes and is_distributed()
+    samples = full_precision(embeddings)
+    mask = Mask(diagonal=0)
+    if references is None and not (isinstance(temperature, Tensor) and temperature.ndim):
+        x = y = over_temperature(samples, temperature**0.5)
+        around = labels
+        logs, _ = streaming_logsumexp(x, None, mask, side=chunk_size, ring=ring)
+    else:
+        x, y, around = samples, samples, labels
+        if references is not None and reference_labels is not None:
+            x, others = same_type(embeddings, references)
+            y, around = torch.cat([x, others]), torch.cat([labels, reference_labels])
+        x = over_temperature(x, temperature)
+        logs, _ = streaming_logsumexp(x, y, mask, side=chunk_size, ring=ring)
+    positives = group_sum(y, around, labels, ring) - y[: len(x)]
+    count = group_sum(y.new_ones(len(y), 1), around, labels, ring).squeeze(1) - 1
+    anchors = count > 0
+    loss = logs - (x * positives).sum(1) / count.clamp(min=1)
+    return reduced(torch.where(anchors, loss, 0.0), anchors, reduction, ring)
+
+
+def soft_contrastive_loss(
+    queries: Float[Tensor, "queries dim"],
+    keys: Float[Tensor, "keys dim"],
+    targets: Tensor | Callable[[Tensor, Tensor], Tensor],
+    temperature: float | Float[Tensor, "*temperatures"] = 0.07,
+    *,
+    ids: tuple[Shaped[Tensor, " queries"], Shaped[Tensor, " keys"]] | None = None,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+    across_processes: bool = True,
+) -> Float[Tensor, "*losses"]:
+    r"""Cross-entropy of each query's softmax over the keys against a target distribution over them.
+
+    $\frac1B \sum_i \sum_j T_{ij} [\log \sum_k e^{s_{ik}/\tau} - s_{ij}/\tau]$. With $T$ the identity this is InfoNCE.
+
+    Args:
+        queries: $B$ embeddings.
+        keys: $M$ embeddings.
+        targets: $T$, rows that sum to 1 (others are taken as weights): a sparse or dense (B, M) tensor, without gradient; or a function
+            of a column of query numbers and a row of key numbers that gives their targets, for targets too many to be stored.
+        temperature: $\tau > 0$: a number, a scalar tensor that may be learned, or one value for each query.
+        ids: of queries and of keys; pairs of equal ids are left out of the sum over $k$. Their target should be 0.
+        reduction: over queries: `"mean"`, `"sum"`, or `"none"` for one value each.
+        chunk_size: side of the tile of scores held at once, >= 1; by default chosen for the device.
+        across_processes: compare with the keys of all processes of a run, which number the columns of `targets` in the order of ranks.
+
+    Returns:
+        A scalar (0 for no queries) or (queries,), at least float32. It can be differentiated once.
+
+    Raises:
+        ValueError: if shapes disagree or an option is out of range.
+
+    Cost:
+        That of `info_nce_loss`, and of one inner product for each stored target; a function costs two more matrix products. Functions
+        are the one form that `torch.compile` cannot take without a graph break.
+
+    Examples:
+        >>> embeddings = torch.eye(3)
+        >>> smooth = torch.full((3, 3), 0.05) + 0.85 * torch.eye(3)
+        >>> loss = soft_contrastive_loss(embeddings, embeddings, smooth, temperature=1.0)
+        >>> same = soft_contrastive_loss(
+        ...     embeddings, embeddings, lambda i, j: 0.05 + 0.85 * (i == j), temperature=1.0
+        ... )
+        >>> bool(torch.isclose(loss, same)), round(loss.item(), 4)
+        (True, 0.6514)
+    """
+    check_options(temperature, reduction, chunk_size, len(queries))
+    if queries.shape[1] != keys.shape[1]:
+        raise ValueError(f"keys must have width {queries.shape[1]}, got {keys.shape[1]}")
+    ring = across_processes and is_distributed()
+    columns = sum(row_counts(keys)) if ring else len(keys)
+    if isinstance(targets, Tensor) and targets.shape != (len(queries), columns):
+        raise ValueError(f"targets must have shape {(len(queries), columns)}, got {tuple(targets.shape)}")
+    x, y = same_type(queries, keys)
+    x = over_temperature(x, temperature)
+    mask = Mask()
+    if ids is not None:
+        row_groups, column_groups = joint_groups(*ids, ring)
+        mask = Mask(row_groups=row_groups, column_groups=column_groups)
+    logs, _ = streaming_logsumexp(x, y, mask, side=chunk_size, ring=ring)
+    if not isinstance(targets, Tensor):
+        mass, score = function_target_sums(x, y, targets, chunk_size, ring)
+    elif targets.layout == torch.strided and not ring:
+        weights = targets.detach().to(x.dtype)
+        with without_autocast(x.device):
+            mass, score = weights.sum(1), (x * (weights @ y)).sum(1)
+    else:
+        stored = targets.detach().to_sparse_coo().coalesce()
+        pairs, weights = stored.indices(), stored.values().to(x.dtype)
+        mass = x.new_zeros(len(x)).index_add(0, pairs[0], weights)
+        score = x.new_zeros(len(x)).index_add(0, pairs[0], weights * pair_scores(x, y, pairs, ring))
+    # A row without targets, or in which nothing counts, costs nothing: 0 times minus infinity must not be asked for.
+    counted = mass != 0
+    loss = torch.where(counted, mass * logs.masked_fill(~counted, 0.0) - score, 0.0)
+    return reduced(loss, None, reduction, ring)
+
+
+def decoupled_softmax_loss(
+    queries: Float[Tensor, "queries dim"],
+    keys: Float[Tensor, "keys dim"],
+    positives: Int[Tensor, "2 positives"],
+    temperature: float | Float[Tensor, "*temperatures"] = 0.05,
+    *,
+    weight: Float[Tensor, " positives"] | None = None,
+    ignore: Int[Tensor, "2 ignored"] | None = None,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+    across_processes: bool = True,
+) -> Float[Tensor, "*losses"]:
+    r"""Softmax cost of each positive key against the query's negatives only: positives do not compete with each other.
+
+    $\frac{1}{|A|} \sum_{i \in A} \frac{1}{W_i} \sum_{p \in P_i} w_{ip} \log(1 + e^{-s_{ip}/\tau} \sum_{n \in N_i} e^{s_{in}/\tau})$, with $N_i$
+    all keys that are neither positive for query $i$ nor ignored, $W_i$ the sum of weights, and $A$ the queries with a positive.
+    Unlike with the usual softmax, no positive is ever pushed away.
+
+    Args:
+        queries: $B$ embeddings.
+        keys: $M$ embeddings, such as those of all labels.
+        positives: query and key number of each positive pair.
+        temperature: $\tau > 0$: a number, a scalar tensor that may be learned, or one value for each query.
+        weight: $w_{ip} \ge 0$ of each positive, such as its graded relevance.
+        ignore: pairs that are no negatives, such as positives that were not drawn.
+        reduction: over queries with a positive: `"mean"`, `"sum"`; or `"none"`: one value each, 0 without a positive.
+        chunk_size: side of the tile of scores held at once, >= 1; by default chosen for the device.
+        across_processes: compare with the keys of all processes of a run, numbered in the order of ranks.
+
+    Returns:
+        A scalar (0 if there is no positive) or (queries,), at least float32. It can be differentiated once.
+
+    Raises:
+        ValueError: if shapes disagree, a pair is out of range or an option is.
+
+    Cost:
+        $O(B M D)$ time; memory of the embeddings, their gradients, two tiles and one number for each positive.
+
+    Source:
+        Gupta et al. 2024 (DEXML), arXiv 2310.10636.
+
+    Examples:
+        >>> queries, keys = torch.tensor([[1.0]]), torch.tensor([[3.0], [0.0], [0.0], [-1.0], [-1.0], [-1.0]])
+        >>> positives = torch.tensor([[0, 0, 0], [0, 1, 2]])
+        >>> round(decoupled_softmax_loss(queries, keys, positives, temperature=1.0).item(), 4)
+        0.5134
+    """
+    check_options(temperature, reduction, chunk_size, len(queries))
+    if queries.shape[1] != keys.shape[1]:
+        raise ValueError(f"keys must have width {queries.shape[1]}, got {keys.shape[1]}")
+    if weight is not None and weight.shape != positives.shape[1:]:
+        raise ValueError(f"weight must have shape ({positives.shape[1]},), got {tuple(weight.shape)}")
+    ring = across_processes and is_distributed()
+    columns = sum(row_counts(keys)) if ring else len(keys)
+    for name, pairs in (("positives", positives), ("ignore", ignore)):
+        if pairs is not None:
+            check_pairs(name, pairs, len(queries), columns)
+
+    x, y = same_type(queries, keys)
+    x = over_temperature(x, temperature)
+    dropped = positives if ignore is None else torch.cat([positives, ignore], 1)
+    mask = Mask(pairs=dropped[:, dropped[0].argsort()])
+    negatives, _ = streaming_logsumexp(x, y, mask, side=chunk_size, ring=ring)
+    weights = x.new_ones(positives.shape[1]) if weight is None else weight.to(x.dtype)
+    rows = positives[0]
+    term = -torch.nn.functional.logsigmoid(pair_scores(x, y, positives, ring) - negatives[rows])
+    total = x.new_zeros(len(x)).index_add(0, rows, weights * term)
+    mass = x.new_zeros(len(x)).index_add(0, rows, weights)
+    return reduced(total / mass.masked_fill(mass == 0, 1.0), mass > 0, reduction, ring)
 
 
 def masked_logsumexp(
@@ -195,118 +408,3 @@ def duplicate_mask(ids: Shaped[Tensor, " items"]) -> Bool[Tensor, "items items"]
                 [1, 0, 0]], dtype=torch.int32)
     """
     return relevance_from_ids(ids, ids).fill_diagonal_(False)
-
-
-class _PairwiseLogistic(torch.autograd.Function):
-    """Sum of softplus(-(p - n) / temperature) over all pairs, its gradients made in the same walk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, positive: Tensor, negative: Tensor, temperature: float, pairs: int, with_gradient: bool
-    ) -> Tensor:
-        wide = accumulation_dtype(positive.device)
-        total = torch.zeros((), dtype=wide, device=positive.device)
-        pull = torch.zeros_like(positive, dtype=wide)  # sum over negatives of sigmoid(-(p - n) / temperature)
-        push = torch.zeros_like(negative, dtype=wide)
-        columns = min(max(negative.numel(), 1), pairs)
-        rows = max(1, pairs // columns)
-        for p, pull_part in zip(positive.split(rows), pull.split(rows)):
-            for n, push_part in zip(negative.split(columns), push.split(columns)):
-                margin = (n.unsqueeze(0) - p.unsqueeze(1)) / temperature
-                total += F.softplus(margin).sum()
-                if with_gradient:
-                    wrong = margin.sigmoid_()
-                    pull_part += wrong.sum(1)
-                    push_part += wrong.sum(0)
-        if with_gradient:
-            ctx.save_for_backward(
-                (pull / -temperature).to(positive.dtype), (push / temperature).to(negative.dtype)
-            )
-        return total.to(torch.promote_types(positive.dtype, negative.dtype))
-
-    @staticmethod
-    @first_order_only("pairwise_logistic_loss")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        pull, push = ctx.saved_tensors
-        return gradient * pull, gradient * push, None, None, None
-
-
-class _InfoNCE(torch.autograd.Function):
-    """Saves embeddings and one log-sum-exp for each row (and column); scores live for one chunk of rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        temperature: float,
-        symmetric: bool,
-        ignore: Tensor | None,
-        rows: int,
-    ) -> Tensor:
-        count = queries.shape[0]
-        ctx.settings = temperature, symmetric, rows
-        row_lse, own = queries.new_empty(count), queries.new_empty(count)
-        column_lse = queries.new_full((count,), -math.inf) if symmetric else None
-        for start in range(0, count, rows):
-            scores = _chunk_scores(queries, keys, temperature, ignore, start, rows)
-            stop = start + scores.shape[0]
-            own[start:stop] = scores.diagonal(start)
-            row_lse[start:stop] = torch.logsumexp(scores, 1)
-            if column_lse is not None:
-                column_lse = torch.logaddexp(column_lse, torch.logsumexp(scores[:, :count], 0))
-        ctx.save_for_backward(queries, keys, ignore, row_lse, column_lse)
-        loss = row_lse - own
-        if column_lse is not None:
-            loss = (loss + column_lse - own) / 2
-        return loss.sum() / max(count, 1)
-
-    @staticmethod
-    @first_order_only("info_nce_loss")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        queries, keys, ignore, row_lse, column_lse = ctx.saved_tensors
-        temperature, symmetric, rows = ctx.settings
-        count = queries.shape[0]
-        for_queries, for_keys = torch.empty_like(queries), torch.zeros_like(keys)
-        for start in range(0, count, rows):
-            scores = _chunk_scores(queries, keys, temperature, ignore, start, rows)
-            stop = start + scores.shape[0]
-            slope = torch.exp(scores - row_lse[start:stop].unsqueeze(1))
-            slope.diagonal(start).sub_(1)
-            if symmetric:
-                from_columns = torch.exp(scores[:, :count] - column_lse)
-                from_columns.diagonal(start).sub_(1)
-                slope[:, :count].add_(from_columns).div_(2)
-                slope[:, count:].div_(2)
-            with without_autocast(queries.device):
-                for_queries[start:stop] = slope @ keys
-                for_keys.addmm_(slope.T, queries[start:stop])
-        scale = gradient / (max(count, 1) * temperature)
-        return scale * for_queries, scale * for_keys, None, None, None, None
-
-
-def _chunk_scores(
-    queries: Tensor, keys: Tensor, temperature: float, ignore: Tensor | None, start: int, rows: int
-) -> Tensor:
-    with without_autocast(queries.device):
-        scores = queries[start : start + rows] @ keys.T
-    scores.div_(temperature)
-    if ignore is not None:
-        dropped = ignore[start : start + rows].clone()
-        dropped.diagonal(start).fill_(False)
-        scores.masked_fill_(dropped, -math.inf)
-    return scores
-
-
-def _default_pairs(device: torch.device) -> int:
-    return _PAIRS_ON_CPU if device.type == "cpu" else _PAIRS_ON_ACCELERATOR
-
-
-def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-
-
-def _check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
