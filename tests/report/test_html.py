@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from coloss.errors import InputError
-from coloss.lab.records import ArmRecord
+from coloss.lab.records import ArmRecord, HistoryPoint
 from coloss.report.html import render_report, write_report
 
 VALUES = {"cross-entropy": [0.92, 0.925, 0.93], "dhkd": [0.93, 0.937, 0.939], "lsskd": [0.91, 0.93, 0.94]}
@@ -142,6 +142,27 @@ def test_conflicts_are_absent_where_nothing_was_monitored(render):
     page = render(VALUES, conflicts=False)
     assert "conflict" not in page.text
     assert not any(key.startswith(("heat", "norms")) for key in page.charts)
+
+
+def test_diagnostics_of_a_method_are_drawn_beside_the_losses(results):
+    """One arm reports a rank at steps of its own, which no evaluation shares."""
+    record, trials = results(VALUES)
+    for trial in trials:
+        if trial.arm == "dhkd":
+            trial.history += [
+                HistoryPoint(step=step, epoch=0, seconds=step, metrics={"rank": 10.0 + step})
+                for step in (400, 450)
+            ]
+    page = Page(render_report(record, trials))
+    assert "Other metrics" in page.text
+    drawn = [
+        trace
+        for chart in page.charts.values()
+        for view in chart["views"].values()
+        for trace in view["data"]
+        if trace.get("x") == [400, 450] and trace.get("y") == [410, 460] and trace["type"] == "scatter"
+    ]
+    assert {trace["name"] for trace in drawn} == {"dhkd"}
 
 
 def test_no_history_leaves_ranking_and_cost(render):

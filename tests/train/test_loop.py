@@ -86,6 +86,69 @@ def test_evaluation_does_not_disturb_training(data, new_model):
 
 
 @pytest.mark.parametrize(
+    "budget", [Budget(steps=8), Budget(epochs=4), Budget(epochs=2.5), Budget(seconds=0.02)]
+)
+@pytest.mark.parametrize("every", [1, 2, None])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_last_step_is_evaluated_once_as_it_ships(data, new_model, budget, every, known):
+    """Also where the target is met by the shipped model alone, and where the data do not tell their length."""
+
+    class Sign(Method):
+        shipped = False
+
+        def finish(self, state):
+            self.shipped = True
+
+    class Batches:
+        def __iter__(self):
+            return iter([(data[0][:65], data[1][:65]), (data[0][65:], data[1][65:])])
+
+    sign, calls = Sign(), []
+    run = fit(
+        new_model(),
+        data if known else Batches(),
+        F.cross_entropy,
+        [sign],
+        budget=budget,
+        batch_size=65,
+        evaluate=lambda model: calls.append(1) or {"shipped": float(sign.shipped)},
+        evaluate_every=every,
+        target=Target("shipped", 1.0),
+        log_every=1,
+    )
+    points = [point for point in run.history if point.metrics]
+    assert len(points) == len(calls) == len({point.step for point in run.history if point.metrics})
+    assert [point.metrics["shipped"] for point in points] == [0.0] * (len(points) - 1) + [1.0]
+    assert points[-1].step == run.steps
+    assert run.history[-1].terms
+    assert run.metrics == {"shipped": 1.0}
+    assert run.time_to_target == run.seconds
+
+
+def test_every_part_keeps_its_own_mode(data, new_model):
+    """What a method froze in eval mode stays so through the start of training and every evaluation."""
+    modes = []
+
+    class Freeze(Method):
+        def setup(self, state):
+            state.model[0].eval()
+
+        def on_batch(self, state):
+            modes.append((state.model.training, state.model[0].training, state.model[2].training))
+
+    def evaluate(model):
+        assert not any(part.training for part in model.modules())
+        return accuracy(data)(model)
+
+    model = new_model().eval()
+    run = fit(
+        model, data, F.cross_entropy, [Freeze()], budget=Budget(steps=4), evaluate=evaluate, evaluate_every=1
+    )
+    assert modes == [(True, False, True)] * 4
+    assert not any(part.training for part in run.model.modules())
+
+
+@pytest.mark.parametrize(
     ("budget", "steps"), [(Budget(steps=7), 7), (Budget(epochs=2), 6), (Budget(epochs=0.5), 2)]
 )
 def test_budgets_in_steps_and_epochs(data, new_model, budget, steps):

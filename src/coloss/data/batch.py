@@ -1,4 +1,15 @@
-"""What a training step receives: inputs, targets, sample ids, and whatever else a method adds."""
+"""What a training step receives: inputs, targets, sample ids, and whatever else a method adds.
+
+Names in use in `Batch.extras`; a name means the same thing to everyone:
+
+| name | holds | written by | read by |
+|---|---|---|---|
+| `embeddings` | float (rows, dimensions): what a method's loss acts on, cut from the graph | `coloss.jepa.LeJEPA` | `coloss.jepa.EffectiveRankMonitor` |
+| `query` | integer (queries): which query each row is, equal for equal ones | retrieval data sets of `coloss.data` | `coloss.retrieval.joined_scores` |
+| `document` | integer (documents): which document each row is, equal for equal ones | retrieval data sets of `coloss.data` | `coloss.retrieval.joined_scores` |
+| `relevance` | (queries, documents): > 0 where a document answers a query; stands in for `query` and `document` | the user's loader | `coloss.retrieval.joined_scores` |
+| `ignore` | (queries, documents): > 0 for pairs to leave out | the user's loader | `coloss.retrieval.joined_scores` |
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

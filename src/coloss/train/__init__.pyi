@@ -7,12 +7,12 @@ from .combine import WeightedSum as WeightedSum
 from .conflict import Conflict as Conflict
 from .conflict import ConflictMonitor as ConflictMonitor
 from .lightning import MethodCallback as MethodCallback
-from .loop import Fit as Fit
-from .loop import LogPoint as LogPoint
-from .loop import NonFiniteLossError as NonFiniteLossError
-from .loop import Target as Target
 from .loop import fit as fit
 from .method import Method as Method
+from .outcome import Fit as Fit
+from .outcome import LogPoint as LogPoint
+from .outcome import NonFiniteLossError as NonFiniteLossError
+from .outcome import Target as Target
 from .schedules import Schedule as Schedule
 from .schedules import cosine as cosine
 from .schedules import gradual as gradual

@@ -103,7 +103,8 @@ class JacobianDescent(nn.Module):
     """One aggregated gradient from the terms' separate gradients, by any aggregator of `torchjd`.
 
     The rows of the Jacobian are the gradients of the terms (times their weights) on all trainable parameters, averaged over
-    processes. Takes over the backward pass.
+    processes. Takes over the backward pass. Under gradient accumulation the Jacobian is averaged over the micro-batches first, and
+    aggregated once.
 
     Args:
         aggregator: for instance `torchjd.aggregation.UPGrad()`.
@@ -133,6 +134,8 @@ class JacobianDescent(nn.Module):
         3
     """
 
+    accumulates = True
+
     def __init__(self, aggregator: Any, weights: Mapping[str, Schedule] | None = None):
         super().__init__()
         self.aggregator = aggregator
@@ -145,8 +148,11 @@ class JacobianDescent(nn.Module):
         from torchjd import autojac
 
         self._weighted(state, terms)  # checks the names
-        rows = [self._weighted.weight(name, state) * term for name, term in terms.items()]
+        share = 1.0 / state.micro_batches
+        rows = [share * self._weighted.weight(name, state) * term for name, term in terms.items()]
         autojac.backward(rows, inputs=state.trainable)
+        if state.micro_batch + 1 < state.micro_batches:
+            return
         reached = [parameter for parameter in state.trainable if getattr(parameter, "jac", None) is not None]
         if distributed.world_size() > 1:
             for parameter in reached:

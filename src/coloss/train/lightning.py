@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from coloss.data.batch import Batch
 from coloss.errors import InputError
+from coloss.train.accumulation import check_averaging
 from coloss.train.method import Method
 from coloss.train.schedules import Schedule
 from coloss.train.state import State
@@ -25,7 +26,8 @@ class MethodCallback(Callback):
 
     The LightningModule keeps its own `training_step`, whose loss becomes the term "objective"; the methods' terms are added to it.
     Their heads are submodules of the LightningModule during training, so `configure_optimizers` must build the optimizer from
-    `self.parameters()`, and Lightning's checkpoints hold them. After training, `finish` has run and the heads are gone.
+    `self.parameters()`, and Lightning's checkpoints hold them. After training, `finish` has run and the heads are gone. What methods
+    report with `state.log` goes to `pl_module.log`, and from there to the Trainer's loggers.
 
     Args:
         methods: the methods, in order.
@@ -34,7 +36,7 @@ class MethodCallback(Callback):
 
     Raises:
         InputError: if the attribute is missing, a method replaces the objective (return 0 * loss from `training_step` instead), or two
-            methods take over the backward pass.
+            methods take over the backward pass; if the Trainer accumulates gradients that may not be averaged.
 
     Examples:
         >>> from lightning.pytorch import LightningModule, Trainer
@@ -75,6 +77,8 @@ class MethodCallback(Callback):
         state.generator.manual_seed(0)
         state.local_generator.manual_seed(1_000_003 + trainer.global_rank)
         self._step = _LightningStep(network, self.methods, self.weights, state)
+        if trainer.accumulate_grad_batches > 1:
+            check_averaging(self._step)
         if state.model is not network:
             if not self.attribute:
                 raise InputError(
@@ -125,10 +129,18 @@ class MethodCallback(Callback):
             total = trainer.estimated_stepping_batches
             step.state.progress = min((step.state.step + 1) / total, 1.0) if total and total > 0 else 0.0
             step.after_step()
+            self._forward_log(pl_module, on_step=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._step is not None
         self._step.after_epoch()
+        self._forward_log(pl_module, on_step=False)
+
+    def _forward_log(self, pl_module: LightningModule, on_step: bool) -> None:
+        assert self._step is not None
+        if self._step.state.logged:
+            logged = self._step.state.take_logged()
+            pl_module.log_dict(logged, on_step=on_step, on_epoch=not on_step, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = self._step
@@ -136,6 +148,9 @@ class MethodCallback(Callback):
         self._outputs_hook.remove()
         pl_module.training_step, pl_module.backward = self._own_training_step, self._own_backward  # type: ignore[method-assign]
         model = step.finish()
+        logged = step.state.take_logged()
+        for logger in trainer.loggers if logged else ():
+            logger.log_metrics(logged, step=trainer.global_step)
         if self.attribute:
             setattr(pl_module, self.attribute, model)
         del pl_module.coloss_methods

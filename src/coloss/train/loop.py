@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,83 +13,22 @@ from torch import Tensor, nn
 
 from coloss.data.batch import Batch
 from coloss.errors import InputError
-from coloss.train import checkpoint as disk
+from coloss.metrics.inference import evaluation_mode
+from coloss.train.accumulation import batch_statistics, check_averaging, check_joining, joined_backward
 from coloss.train.budget import Budget
-from coloss.train.conflict import Conflict, ConflictMonitor
+from coloss.train.conflict import ConflictMonitor
 from coloss.train.cost import Clock, PeakMemory
 from coloss.train.feed import Feed
 from coloss.train.method import Method
+from coloss.train.outcome import Fit, LogPoint, NonFiniteLossError, Progress, Target
+from coloss.train.resume import RunCheckpoints
 from coloss.train.schedules import Schedule, value_at
 from coloss.train.state import State
 from coloss.train.step import Objective, TrainingStep
+from coloss.train.strategies import check_strategy, input_conversion
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-class NonFiniteLossError(ArithmeticError):
-    """A loss term or a weight became NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A metric value to reach; the run records the training seconds it took.
-
-    Examples:
-        >>> Target("accuracy", 0.95).met({"accuracy": 0.96})
-        True
-    """
-
-    metric: str
-    value: float
-    direction: str = "higher"
-
-    def met(self, metrics: dict[str, float]) -> bool:
-        """Tell whether these metrics reach the target."""
-        found = metrics.get(self.metric, math.nan)
-        return found >= self.value if self.direction == "higher" else found <= self.value
-
-
-@dataclass
-class LogPoint:
-    """One logged moment: means of the loss terms since the last one, and metrics if it was an evaluation."""
-
-    step: int
-    epoch: int
-    seconds: float
-    terms: dict[str, float]
-    metrics: dict[str, float]
-
-
-@dataclass
-class Fit:
-    """What training gives back.
-
-    Attributes:
-        model: the network as it ships, after every method's `finish`.
-        methods: the methods, with their trained parts.
-        metrics: of the shipped model, if `evaluate` was given.
-        history: loss terms and metrics over time.
-        conflicts: gradient cosines over time, if a monitor was given.
-        steps, epochs, seconds: what was done; seconds of training only.
-        prepare_seconds: setting up before the clock started.
-        steps_per_second: over the training seconds.
-        peak_memory_mb: highest memory in use above the start of training, 10^6 bytes.
-        time_to_target: training seconds until the target was met first; None if it never was.
-    """
-
-    model: nn.Module
-    methods: Sequence[Method]
-    metrics: dict[str, float]
-    history: list[LogPoint]
-    conflicts: list[Conflict]
-    steps: int
-    epochs: int
-    seconds: float
-    prepare_seconds: float
-    steps_per_second: float
-    peak_memory_mb: float
-    time_to_target: float | None
 
 
 def fit(
@@ -103,6 +42,7 @@ def fit(
     learning_rate_schedule: Schedule | None = None,
     combine: Any = None,
     batch_size: int = 64,
+    accumulate: int = 1,
     clip_norm: float | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
@@ -129,11 +69,16 @@ def fit(
         learning_rate_schedule: factor on the learning rate, a function of progress in [0, 1].
         combine: weights as a dict, or `WeightedSum`, `UncertaintyWeighting`, `JacobianDescent`.
         batch_size: over all processes together; for tensors and datasets (a loader brings its own).
+        accumulate: micro-batches of `batch_size` whose gradients are averaged for one optimizer step. Budget, `state.step`, history and
+            intervals count optimizer steps; logged terms are means over micro-batches; what is left at the end of an epoch makes a step of
+            its own, with its own mean. The mean is over micro-batches, so a smaller last one counts as much as the others. Where the
+            objective or a method says `batch_statistic = True`, the micro-batches are joined instead: the gradients are those of one
+            batch of `accumulate * batch_size` samples (batch normalisation apart), at the cost of a second forward pass.
         clip_norm: largest gradient norm; larger ones are scaled down.
         evaluate: `model -> {metric: value}`; called in eval mode, outside the training clock and its randomness.
         evaluate_every: steps between evaluations; default: at the end of each epoch. The shipped model is evaluated always.
         target: metric value whose first crossing is timed.
-        monitor: measures gradient conflicts between the loss terms.
+        monitor: measures gradient conflicts between the loss terms (in the first micro-batch of a step).
         log_every: steps between points of `history`.
         loggers: objects with `log_metrics(dict, step)`, such as Lightning's CSV, TensorBoard and MLflow loggers.
         checkpoint_dir: folder for checkpoints; none are written without it.
@@ -167,6 +112,7 @@ def fit(
     """
     for name, value in (
         ("batch_size", batch_size),
+        ("accumulate", accumulate),
         ("log_every", log_every),
         ("checkpoint_every", checkpoint_every),
     ):
@@ -182,18 +128,6 @@ def fit(
     with torch.random.fork_rng():
         run = _Run(locals())
         return run.go()
-
-
-@dataclass
-class _Progress:
-    """The part of a run that a checkpoint stores besides tensors."""
-
-    batch_index: int = 0
-    seconds: float = 0.0
-    history: list[LogPoint] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-    time_to_target: float | None = None
 
 
 class _Run:
@@ -212,18 +146,27 @@ class _Run:
         self.target, self.monitor = given["target"], given["monitor"]
         self.log_every, self.loggers = given["log_every"], given["loggers"]
         self.report_progress = given["progress"]
-        self.folder = Path(given["checkpoint_dir"]) if given["checkpoint_dir"] is not None else None
-        self.checkpoint_every = given["checkpoint_every"]
+        folder = Path(given["checkpoint_dir"]) if given["checkpoint_dir"] is not None else None
+        self.accumulate, self.checkpoint_every = given["accumulate"], given["checkpoint_every"]
         seed, rank = given["seed"], self.fabric.global_rank
         torch.manual_seed(seed)
         state = State(given["model"], fabric=self.fabric)
         state.generator.manual_seed(seed)
         state.local_generator.manual_seed((seed + 1) * 1_000_003 + rank)
+        # Before `setup`, so that what a method freezes there in eval mode stays so.
+        for part in (given["model"], *given["methods"], given["objective"], given["combine"]):
+            if isinstance(part, nn.Module):
+                part.train()
         self.step = TrainingStep(
             given["model"], given["objective"], given["methods"], combine=given["combine"], state=state
         )
         self.state = state
-        _check_strategy(self.fabric, self.step, self.folder)
+        self.joins = self.accumulate > 1 and bool(batch_statistics(self.step))
+        if self.joins:
+            check_joining(self.step, self.monitor is not None)
+        elif self.accumulate > 1:
+            check_averaging(self.step)
+        check_strategy(self.fabric, self.step, folder, self.joins)
         self.wrapped = self.fabric.setup(self.step)
         self.step.refresh_trainable()
         if not state.trainable:
@@ -232,7 +175,7 @@ class _Run:
         self.optimizer = state.optimizer = self.fabric.setup_optimizers(self.raw_optimizer)
         self.base_rates = [group["lr"] for group in self.raw_optimizer.param_groups]
         self.feed = Feed(given["data"], given["batch_size"], seed, self.fabric)
-        self.convert = _input_conversion(self.fabric, self.step)
+        self.convert = input_conversion(self.fabric, self.step)
         # Mixed precision guards what the wrapper returns against autograd.grad, which monitors and methods need: it gets views.
         strategy = self.fabric.strategy
         full_precision = type(strategy.precision) is Precision
@@ -241,35 +184,25 @@ class _Run:
         self.forward = (
             self.step if full_precision and type(strategy) is SingleDeviceStrategy else self.wrapped
         )
-        self.manual_sync = self.step.taker is not None and self.fabric.world_size > 1
+        self.processes = self.fabric.world_size
         torch.manual_seed((seed + 1) * 7_368_787 + rank)
-        self.done = _Progress()
-        self.last_checkpoint: Path | None = None
-        if self.folder is not None:
-            self._resume(self.folder, given["resume"])
+        self.done = Progress()
+        self.diagnostics: set[str] = set()
+        self.checkpoints: RunCheckpoints | None = None
+        if folder is not None:
+            self.checkpoints = RunCheckpoints(
+                folder, self.step, self.raw_optimizer, self.fabric, self.monitor
+            )
+            self.done = self.checkpoints.restore(given["resume"]) or self.done
         self.clock = Clock(self.done.seconds)
         self.prepare_seconds = time.perf_counter() - started
 
     def go(self) -> Fit:
         """Train to the end of the budget, finish, evaluate the shipped model."""
-        memory = PeakMemory(self.fabric.device)
-        self.wrapped.train()
-        self.clock.start()
-        over = False
-        while True:
-            over = over or self._spent() >= 1.0 or self._epoch()
-            if self.done.batch_index and self.done.batch_index == self.feed.length:
-                self.done.batch_index = 0
-                self.step.after_epoch()
-                if self.evaluate_every is None and not over:
-                    self._evaluate()
-            if over:
-                break
-        self.clock.pause()
-        if self.folder is not None:
-            self._save(self.folder)
-        peak = memory.megabytes()
-        model = self.step.finish()
+        with PeakMemory(self.fabric.device) as memory:
+            self._train()
+            peak = memory.megabytes()
+        model = self.step.finish().eval()
         metrics = self._evaluate() if self.evaluate is not None else {}
         if not metrics:
             self._log({})
@@ -289,29 +222,48 @@ class _Run:
             time_to_target=self.done.time_to_target,
         )
 
+    def _train(self) -> None:
+        """Train to the end of the budget, and leave the last checkpoint."""
+        self.clock.start()
+        over = self._spent() >= 1.0
+        while True:
+            over = over or self._epoch()
+            if self.done.batch_index and self.done.batch_index == self.feed.length:
+                self.done.batch_index = 0
+                self.step.after_epoch()
+                over = over or self._spent() >= 1.0
+                if self.evaluate_every is None and not over:
+                    self._evaluate()
+            if over:
+                break
+        self.clock.pause()
+        self._save()
+
     def _epoch(self) -> bool:
         """Train on the rest of the current epoch; tell whether the budget is spent."""
         state, done = self.state, self.done
         before, last_report = done.batch_index, 0.0
-        for batch in self.feed.batches(state.epoch, done.batch_index):
-            self._train_on(batch)
-            done.batch_index += 1
+        for group in _groups(self.feed.batches(state.epoch, done.batch_index), self.accumulate):
+            self._train_on(group)
+            done.batch_index += len(group)
             state.progress = self._spent(state.step + 1)
             self.step.after_step()
             if state.step % self.log_every == 0:
                 self._log({})
-            if self.evaluate_every is not None and state.step % self.evaluate_every == 0:
+            over = state.progress >= 1.0
+            # At the last step the shipped model is evaluated, and nothing else.
+            if self.evaluate_every is not None and state.step % self.evaluate_every == 0 and not over:
                 self._evaluate()
-            if self.folder is not None and state.step % self.checkpoint_every == 0:
+            if self.checkpoints is not None and state.step % self.checkpoint_every == 0:
                 self.clock.pause()
-                self._save(self.folder)
+                self._save()
                 self.clock.start()
             if self.report_progress is not None and time.perf_counter() - last_report > 0.1:
                 last_report = time.perf_counter()
                 self.report_progress(
                     state.progress, {name: term.item() for name, term in state.terms.items()}
                 )
-            if state.progress >= 1.0:
+            if over:
                 return True
         if done.batch_index == before == 0:
             raise InputError(
@@ -321,18 +273,26 @@ class _Run:
             self.feed.length = done.batch_index
         return False
 
-    def _train_on(self, batch: Batch) -> None:
+    def _train_on(self, micro_batches: Sequence[Batch]) -> None:
+        """One optimizer step from one or several micro-batches."""
         state = self.state
-        state.batch = self.convert(batch)
         if self.schedule is not None:
             factor = value_at(self.schedule, state.progress)
             for group, rate in zip(self.raw_optimizer.param_groups, self.base_rates):
                 group["lr"] = rate * factor
-        if self.manual_sync:
-            with self.fabric.no_backward_sync(self.wrapped):
-                self._forward_and_backward()
+        if self.joins and len(micro_batches) > 1:
+            batches = [self.convert(batch) for batch in micro_batches]
+            joined_backward(self.step, batches, self.fabric.autocast, self._before_backward)
         else:
-            self._forward_and_backward()
+            state.micro_batches = len(micro_batches)
+            for number, batch in enumerate(micro_batches, 1):
+                state.micro_batch, state.batch = number - 1, self.convert(batch)
+                # Processes meet in the last micro-batch; a taker of the backward pass lets them meet by itself.
+                if self.processes > 1 and (number < len(micro_batches) or self.step.taker is not None):
+                    with self.fabric.no_backward_sync(self.wrapped):
+                        self._forward_and_backward()
+                else:
+                    self._forward_and_backward()
         if self.clip_norm is not None:
             self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.clip_norm)
         self.optimizer.step()
@@ -357,18 +317,25 @@ class _Run:
             raise NonFiniteLossError(
                 f"loss term {name!r} is {term.item()} at step {self.state.step}; {self._last_good()}"
             )
-        if self.monitor is not None and self.monitor.is_due(self.state, terms):
+        if (
+            self.monitor is not None
+            and self.state.micro_batch == 0
+            and self.monitor.is_due(self.state, terms)
+        ):
             # Looking is no training: a budget in seconds must not favour the arm with fewer terms.
             self.clock.pause()
             self.monitor.look(self.state, terms)
             self.clock.start()
 
     def _last_good(self) -> str:
-        if self.last_checkpoint is not None:
-            return f"last good checkpoint: {self.last_checkpoint}"
-        return (
-            "no checkpoint yet" if self.folder is not None else "no checkpoint was kept (give checkpoint_dir)"
-        )
+        if self.checkpoints is None:
+            return "no checkpoint was kept (give checkpoint_dir)"
+        return self.checkpoints.last_good()
+
+    def _save(self) -> None:
+        if self.checkpoints is not None:
+            self.done.seconds = self.clock.seconds()
+            self.checkpoints.save(self.done)
 
     def _spent(self, step: int | None = None) -> float:
         step = self.state.step if step is None else step
@@ -382,27 +349,31 @@ class _Run:
         done = self.done
         terms = {name: value / done.count for name, value in done.sums.items()} if done.count else {}
         done.sums, done.count = {}, 0
+        if self.state.logged:
+            logged = self.state.take_logged()
+            self.diagnostics |= logged.keys()
+            self._refuse_clash(terms, "a loss term")
+            metrics = {**logged, **metrics}
         if not terms and not metrics:
             return
         point = LogPoint(self.state.step, self.state.epoch, self.clock.seconds(), terms, metrics)
-        if done.history and done.history[-1].step == point.step and not done.history[-1].metrics:
-            point.terms = point.terms or done.history[-1].terms
-            done.history.pop()
+        if done.history and done.history[-1].step == point.step:
+            before = done.history.pop()
+            point.terms, point.metrics = point.terms or before.terms, {**before.metrics, **metrics}
         done.history.append(point)
         for logger in self.loggers:
             logger.log_metrics({**terms, **metrics}, step=self.state.step)
 
     def _evaluate(self) -> dict[str, float]:
-        """Evaluate outside the clock and the training randomness; the model is left in training mode."""
+        """Evaluate outside the clock and the training randomness; every submodule keeps its mode."""
         if self.evaluate is None:
             return {}
         running = self.clock._since is not None
         self.clock.pause()
-        model = self.state.model
-        model.eval()
-        with torch.random.fork_rng(), torch.no_grad():
-            metrics = {name: float(value) for name, value in self.evaluate(model).items()}
-        model.train(running)
+        with evaluation_mode(self.state.model):
+            metrics = {name: float(value) for name, value in self.evaluate(self.state.model).items()}
+        self.diagnostics |= self.state.logged.keys()
+        self._refuse_clash(metrics, "an evaluation metric")
         self._log(metrics)
         if self.target is not None and self.done.time_to_target is None and self.target.met(metrics):
             self.done.time_to_target = self.clock.seconds()
@@ -410,110 +381,17 @@ class _Run:
             self.clock.start()
         return metrics
 
-    def _save(self, folder: Path) -> None:
-        """Write a checkpoint; weights that are not finite are refused, so the newest checkpoint is a good one."""
-        for name, value in self.step.named_parameters():
-            if not torch.isfinite(value).all():
-                raise NonFiniteLossError(
-                    f"weight {name} is not finite at step {self.state.step}; {self._last_good()}"
-                )
-        random = torch.stack([torch.get_rng_state(), self.state.local_generator.get_state()])
-        gathered: Any = self.fabric.all_gather(random) if self.fabric.world_size > 1 else random
-        every = gathered.reshape(-1, *random.shape)
-        if self.fabric.global_rank == 0:
-            tensors, values = disk.split_state("step/", self.step.state_dict())
-            optimizer_tensors, optimizer_values = disk.split_optimizer(self.raw_optimizer)
-            self.done.seconds = self.clock.seconds()
-            self.last_checkpoint = disk.save_checkpoint(
-                folder,
-                self.state.step,
-                tensors
-                | optimizer_tensors
-                | {"random/local": every, "random/shared": self.state.generator.get_state()},
-                {
-                    "epoch": self.state.epoch,
-                    "progress": self.state.progress,
-                    "run": asdict(self.done),
-                    "module": values,
-                    "optimizer": optimizer_values,
-                    "conflicts": [asdict(c) for c in self.monitor.found] if self.monitor is not None else [],
-                },
-            )
-        self.fabric.barrier()
-
-    def _resume(self, folder: Path, resume: bool) -> None:
-        found = disk.checkpoints(folder)
-        if not found:
-            return
-        if not resume:
+    def _refuse_clash(self, names: Iterable[str], kind: str) -> None:
+        clash = self.diagnostics.intersection(names)
+        if clash:
             raise InputError(
-                f"{folder} holds checkpoints of a run already: pass resume=True, or choose another checkpoint_dir"
+                f"{sorted(clash)[0]!r} given to state.log is the name of {kind} already: rename one of the two"
             )
-        tensors, values = disk.load_checkpoint(found[-1])
-        try:
-            self.step.load_state_dict(disk.join_state("step/", tensors, values["module"]))
-            disk.join_optimizer(self.raw_optimizer, tensors, values["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{found[-1]} is of another run (model, methods or optimizer differ): {reason}"
-            ) from error
-        local = tensors["random/local"]
-        if len(local) != self.fabric.world_size:
-            raise InputError(
-                f"{found[-1]} was written by {len(local)} processes, this run has {self.fabric.world_size}"
-            )
-        torch.set_rng_state(local[self.fabric.global_rank][0].clone())
-        self.state.local_generator.set_state(local[self.fabric.global_rank][1].clone())
-        self.state.generator.set_state(tensors["random/shared"])
-        self.state.step, self.state.epoch, self.state.progress = (
-            values["step"],
-            values["epoch"],
-            values["progress"],
-        )
-        run = values["run"]
-        run["history"] = [LogPoint(**point) for point in run["history"]]
-        self.done = _Progress(**run)
-        if self.monitor is not None:
-            self.monitor.found[:] = [Conflict(**conflict) for conflict in values["conflicts"]]
-        self.last_checkpoint = found[-1]
 
 
-def _check_strategy(fabric: "Fabric", step: TrainingStep, folder: Path | None) -> None:
-    """Refuse what sharded weights would silently get wrong."""
-    strategy = type(fabric.strategy).__name__
-    if strategy not in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
-        return
-    if folder is not None:
-        raise InputError(
-            f"checkpoint_dir works on one device and with ddp, not with {strategy}: store the weights with fabric.save"
-        )
-    if step.taker is not None:
-        raise InputError(
-            f"{type(step.taker).__name__} needs whole gradients, which {strategy} shards: use strategy ddp"
-        )
-
-
-def _input_conversion(fabric: "Fabric", step: TrainingStep) -> Callable[[Batch], Batch]:
-    """How a batch reaches device and precision; nothing is done where nothing is needed."""
-    from lightning_fabric.plugins import Precision
-
-    precision = fabric.strategy.precision
-    if getattr(precision, "scaler", None) is not None and (step.taker is not None or step._gradient_hooks):
-        raise InputError(
-            "precision 16-mixed scales gradients, which a method of this run edits: use bf16-mixed or 32-true"
-        )
-    same_precision = type(precision) is Precision
-    if same_precision and fabric.device.type == "cpu":
-        return lambda batch: batch
-
-    def convert(batch: Batch) -> Batch:
-        batch = batch.to(fabric.device)
-        if not same_precision:
-            batch = Batch(precision.convert_input(batch.inputs), batch.targets, batch.ids, batch.extras)
-        return batch
-
-    return convert
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[Sequence[Batch]]:
+    """The micro-batches of one optimizer step after the other; fewer in the last."""
+    return zip(batches) if size == 1 else iter(lambda: list(islice(batches, size)), [])
 
 
 __all__ = ["Fit", "LogPoint", "NonFiniteLossError", "Target", "fit"]

@@ -22,6 +22,14 @@ class Method(nn.Module):
     Attributes:
         term_weights: default weight (number or schedule) of each term it returns; 1 where absent. The combiner may override.
         replaces_objective: if True, the run's objective is not computed: the terms of this method stand in for it.
+        batch_statistic: if True, its terms belong to the batch as a whole, not to its samples one by one: gradient accumulation then
+            joins the micro-batches instead of averaging their gradients.
+        accumulates: for a method with a `backward` of its own: True if that is right under gradient accumulation, being called for
+            each of `state.micro_batches` and leaving the gradients of their mean with the last one; otherwise such a run is refused.
+
+    Under `fit(accumulate=k)`, `on_batch` and `terms` run for each micro-batch, the other hooks once for each optimizer step, when
+    `state.batch` is the last micro-batch; where micro-batches are joined, all hooks run once, on the joined batch.
+    `state.log({"rank": 12.3})` in any hook reports a diagnostic into the run's history, its loggers and the report.
 
     Examples:
         >>> import torch, coloss
@@ -42,6 +50,8 @@ class Method(nn.Module):
 
     term_weights: Mapping[str, Schedule] = {}
     replaces_objective: bool = False
+    batch_statistic: bool = False
+    accumulates: bool = False
 
     @property
     def takes_backward(self) -> bool:

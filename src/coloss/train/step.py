@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from coloss.data.batch import Batch
 from coloss.errors import InputError
+from coloss.train.accumulation import check_averaging
 from coloss.train.combine import WeightedSum
 from coloss.train.method import Method, overrides
 from coloss.train.state import State
@@ -32,7 +33,8 @@ class TrainingStep(nn.Module):
 
     Raises:
         InputError: if two methods (or a method and the combiner) both take over the backward pass; if there is no objective and no
-            method; at the first step, if two sources give a term of the same name, or a term is not a scalar.
+            method; at the first step, if two sources give a term of the same name, or a term is not a scalar; at `backward`, if
+            micro-batches are accumulated whose gradients may not be averaged.
 
     Examples:
         >>> import torch
@@ -46,6 +48,19 @@ class TrainingStep(nn.Module):
         ...     step.after_step()
         >>> step.finish() is model, step.state.progress
         (True, 1.0)
+
+        Several micro-batches for one optimizer step: tell each its place, and the gradients of their mean add up.
+
+        >>> inputs, targets = torch.randn(32, 4), torch.randint(3, (32,))
+        >>> step = TrainingStep(model, nn.functional.cross_entropy)
+        >>> optimizer.zero_grad()
+        >>> for number, micro_batch in enumerate(zip(inputs.split(8), targets.split(8))):
+        ...     step.state.micro_batch, step.state.micro_batches = number, 4
+        ...     step.backward(step(*micro_batch))
+        >>> optimizer.step()
+        >>> step.after_step()
+        >>> step.state.step
+        1
     """
 
     def __init__(
@@ -114,14 +129,24 @@ class TrainingStep(nn.Module):
             The named scalar loss terms, unweighted.
         """
         state = self.state
+        self.start(Batch.of(batch[0] if len(batch) == 1 else batch) if batch else state.batch)
+        state.outputs = self.model(state.batch.inputs)
+        terms = self.collect_terms()
+        return {name: term.view_as(term) for name, term in terms.items()} if self.returns_views else terms
+
+    def start(self, batch: Batch) -> None:
+        """Take up a batch: the stations before the model."""
+        state = self.state
         # The last step's graph must be gone before this one's grows.
         state.outputs, state.terms = None, {}
         state.clear_features()
-        if batch:
-            state.batch = Batch.of(batch[0] if len(batch) == 1 else batch)
+        state.batch = batch
         for method in self._batch_hooks:
             method.on_batch(state)  # type: ignore[operator]
-        state.outputs = self.model(state.batch.inputs)
+
+    def collect_terms(self) -> dict[str, Tensor]:
+        """The named loss terms of `state.outputs`, from the objective and the methods."""
+        state = self.state
         terms: dict[str, Tensor] = {}
         if self.objective is not None:
             found = self.objective(state.outputs, state.batch.targets)
@@ -136,19 +161,35 @@ class TrainingStep(nn.Module):
         if state.step == 0:
             _check_terms(terms)
         state.terms = terms
-        return {name: term.view_as(term) for name, term in terms.items()} if self.returns_views else terms
+        return terms
 
     def backward(self, terms: dict[str, Tensor]) -> None:
-        """Leave the gradients of the combined loss on the parameters, then let methods edit them."""
+        """Leave the gradients of the combined loss on the parameters, then let methods edit them.
+
+        Of several micro-batches (`state.micro_batches`) each adds its share of the mean, and the methods edit after the last.
+        """
         state = self.state
+        accumulating = state.micro_batches > 1
+        if accumulating:
+            check_averaging(self)
         if self.taker is not None:
             self.taker.backward(state, terms)
         else:
             total = self.combine(state, terms)
-            if state.fabric is None:
-                total.backward()
-            else:
-                state.fabric.backward(total)
+            self.propagate(total / state.micro_batches if accumulating else total)
+        if state.micro_batch + 1 == state.micro_batches:
+            self.edit_gradients()
+
+    def propagate(self, loss: Tensor) -> None:
+        """Add the gradients of one loss to those of the parameters."""
+        if self.state.fabric is None:
+            loss.backward()
+        else:
+            self.state.fabric.backward(loss)
+
+    def edit_gradients(self) -> None:
+        """Let the methods edit the gradients."""
+        state = self.state
         for method in self._gradient_hooks:
             method.on_gradients(state)  # type: ignore[operator]
 

@@ -12,7 +12,7 @@ from coloss.train.budget import Budget
 from coloss.train.method import Method
 
 if TYPE_CHECKING:
-    from coloss.train.loop import Fit
+    from coloss.train.outcome import Fit
     from coloss.train.step import Objective
     from coloss.train.task import Setting, Task
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from coloss.errors import InputError
 from coloss.train.budget import Budget
-from coloss.train.loop import Fit, fit
+from coloss.train.loop import fit
+from coloss.train.outcome import Fit
 from coloss.train.schedules import Schedule, cosine
 from coloss.train.step import Objective
 

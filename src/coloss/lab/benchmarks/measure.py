@@ -96,11 +96,11 @@ def cost_here(path: str, **arguments: Any) -> Cost:
 
     from coloss.train.cost import PeakMemory
 
-    memory = PeakMemory(torch.device("cpu"))
-    start = now()
-    result = work()
-    seconds, cpu_seconds = np.subtract(now(), start).tolist()
-    return Cost(seconds, cpu_seconds, memory.megabytes(), result)
+    with PeakMemory(torch.device("cpu")) as memory:
+        start = now()
+        result = work()
+        seconds, cpu_seconds = np.subtract(now(), start).tolist()
+        return Cost(seconds, cpu_seconds, memory.megabytes(), result)
 
 
 def cost_in_fresh_process(path: str, **arguments: Any) -> Cost:
