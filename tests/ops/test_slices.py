@@ -159,25 +159,6 @@ def test_empty_and_single_samples():
     )
 
 
-def test_no_tensor_with_a_dimension_for_knots_is_made_or_saved(largest_tensor, saved_tensors):
-    x = torch.randn(200, 30, requires_grad=True)
-    with saved_tensors() as kept, largest_tensor() as meter:
-        value = epps_pulley(x).sum()
-        assert x.numel() <= kept.numel <= 1.5 * x.numel()
-        value.backward()
-    assert meter.numel <= x.numel()
-
-
-def test_sliced_statistic_holds_one_chunk_at_a_time(largest_tensor, saved_tensors):
-    z = torch.randn(100, 8, requires_grad=True)
-    directions = random_directions(8, 512, torch.Generator().manual_seed(0))
-    with saved_tensors() as kept, largest_tensor() as meter:
-        value = sliced_statistic(z, directions, chunk_size=64)
-        assert kept.numel == z.numel()  # its gradient, ready made
-        value.backward()
-    assert meter.numel <= 100 * 64
-
-
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, 32, 100])
 def test_chunks_change_nothing(chunk_size):
     z, directions = randn(3, 20, 6).requires_grad_(), random_directions(6, 32, dtype=torch.float64)

@@ -109,7 +109,7 @@ class SIGReg(nn.Module):
         knots: points of the quadrature of `epps_pulley`, >= 2.
         t_max: its upper end, > 0.
         univariate: the one-dimensional test; see `coloss.jepa.univariate`. `knots` and `t_max` belong to `epps_pulley` alone.
-        chunk_size: directions projected on at once; None for all. Changes memory, not the value.
+        chunk_size: directions projected on at once; None for what a cache holds. Changes memory and speed, not the value.
 
     Returns:
         From `forward(embeddings, generator=None)`, embeddings (..., N, D): a scalar, averaged over directions and leading dimensions
@@ -119,7 +119,7 @@ class SIGReg(nn.Module):
         ValueError: for a value out of range.
 
     Cost:
-        O(N S (D + K)) time for S slices and K knots; O(N (D + chunk)) memory.
+        O(N S (D + K)) time for S slices and K knots, with `epps_pulley` little more than the projections; O(N (D + chunk)) memory.
 
     Source:
         LeJEPA, arXiv 2511.08544, definition 2 and algorithm 1; quadrature on [0, 3] with 17 knots as in the authors' library.

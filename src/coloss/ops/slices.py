@@ -1,14 +1,16 @@
 """Sliced statistics: a cloud of vectors judged by its one-dimensional shadows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .distributed import all_reduce_mean, world_size
+from .characteristic import column_statistic, default_chunk_size, sliced_total
+from .distributed import all_reduce_mean
 from .gradients import first_order_only, needs_gradient
 from .precision import full_precision, without_autocast
 
@@ -78,9 +80,13 @@ def epps_pulley(
         ValueError: if `t_max` or `knots` is out of range.
 
     Cost:
-        $O(N S K)$ time for $K$ knots; $O(N S)$ memory: knots are visited one after the other (a loop of 16
-        steps), each cosine and sine made from the last by the angle-addition formulas, and the backward pass
-        repeats the walk.
+        Time $O(N S K)$ for $K$ knots, of which one cosine and one sine of each sample and about $3 \sqrt K$
+        more passes are not matrix products. Memory: the gradient, in the size of `x`, made in the forward pass, and
+        a few MB for each thread. No tensor has a dimension for the knots. `torch.compile` takes it without a graph
+        break.
+
+        In float32 and for $|x| \le 1000$ the value is off by a relative 4e-7 and the gradient, of size 1.6, by 7e-5;
+        separate cosines and sines of every $t x$ give 4e-7 and 4e-5, most of it the rounding of $t x$.
 
     Source:
         Epps, Pulley 1983; Balestriero, LeCun 2025 (LeJEPA), arXiv 2511.08544.
@@ -90,24 +96,9 @@ def epps_pulley(
         >>> epps_pulley(collapsed) / 100
         tensor([0.4020])
     """
-    if not 0 < t_max < math.inf:
-        raise ValueError(f"t_max must be > 0 and finite, got {t_max}")
-    if knots < 2:
-        raise ValueError(f"knots must be >= 2, got {knots}")
-    samples = full_precision(x)
-    step = t_max / (knots - 1)
-    sums = all_reduce_mean(_CharacteristicSums.apply(samples, step, knots - 1))
-    # Sums and counts, not means, are averaged over processes: unequal batches weigh as they should.
-    count = all_reduce_mean(torch.tensor(float(x.shape[-2]), dtype=samples.dtype, device=samples.device))
-    cosine, sine = sums / count.clamp(min=torch.finfo(samples.dtype).tiny)
-    knot = torch.arange(1, knots, dtype=samples.dtype, device=samples.device).mul(step)
-    knot = knot.reshape(-1, *[1] * (x.ndim - 1))
-    normal = torch.exp(-(knot**2) / 2)
-    # The knot t = 0 is left out: both functions are 1 there. Weights are doubled for the negative half line.
-    weight = 2 * step * normal
-    weight[-1] /= 2
-    distance = (cosine - normal) ** 2 + sine**2
-    return count * world_size() * (weight * distance).sum(0)
+    step, steps = _steps(t_max, knots)
+    values, _ = column_statistic(full_precision(x), step, steps, needs_gradient(x))
+    return values
 
 
 def sliced_statistic(
@@ -125,7 +116,8 @@ def sliced_statistic(
         embeddings: one set of samples, or several in leading dimensions.
         directions: unit columns, see `random_directions`.
         univariate: maps (..., samples, slices) to (..., slices); a fixed function, nothing in it is learned.
-        chunk_size: slices projected at once, >= 1; by default all of them.
+        chunk_size: slices projected at once, >= 1; by default as many as a cache holds. Changes memory and speed,
+            not the value.
 
     Returns:
         A scalar, at least float32. It can be differentiated once.
@@ -134,8 +126,11 @@ def sliced_statistic(
         ValueError: if the two disagree on `dim`, there are no slices, or `chunk_size` is below 1.
 
     Cost:
-        Time $O(N S (D + K))$. Memory $O(N (D + \text{chunk}))$ for any $S$: the gradient is formed in the same
-        pass. A loop over chunks of slices.
+        Time $O(N S (D + K))$, with `epps_pulley` little more than the products with the directions and back. Memory
+        for any $S$: the gradient, in the size of `embeddings`, one chunk of projections, and with `epps_pulley` a few
+        MB for each thread. The gradient is formed in the forward pass, chunk by chunk while it is in cache; over
+        several processes `epps_pulley` projects twice, with one exchange in between. With `epps_pulley` (or a
+        `functools.partial` of it that sets `t_max` and `knots`) `torch.compile` takes it without a graph break.
 
     Source:
         Balestriero, LeCun 2025 (LeJEPA), arXiv 2511.08544.
@@ -155,15 +150,38 @@ def sliced_statistic(
         raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
 
     points = full_precision(embeddings)
-    total = _SlicedSum.apply(
-        points,
-        directions.to(points.dtype),
-        univariate,
-        chunk_size or directions.shape[1],
-        needs_gradient(embeddings, directions),
-    )
-    sets = math.prod(embeddings.shape[:-2])
-    return total / max(sets * directions.shape[1], 1)
+    directions = directions.to(points.dtype)
+    slices, sets = directions.shape[1], math.prod(embeddings.shape[:-2])
+    if chunk_size is None:
+        chunk_size = default_chunk_size(slices, sets * points.shape[-2], points.shape[-1])
+    knots = _knots_of(univariate)
+    if knots is not None:
+        total, _, _ = sliced_total(
+            points, directions, *knots, chunk_size, needs_gradient(points), needs_gradient(directions)
+        )
+    else:
+        with_gradient = needs_gradient(points, directions)
+        total = _SlicedSum.apply(points, directions, univariate, chunk_size, with_gradient)
+    return total / max(sets * slices, 1)
+
+
+def _steps(t_max: float, knots: int) -> tuple[float, int]:
+    """Distance of the knots, and their number without the one at 0."""
+    if not 0 < t_max < math.inf:
+        raise ValueError(f"t_max must be > 0 and finite, got {t_max}")
+    if knots < 2:
+        raise ValueError(f"knots must be >= 2, got {knots}")
+    return t_max / (knots - 1), knots - 1
+
+
+def _knots_of(univariate: Callable[[Tensor], Tensor]) -> tuple[float, int] | None:
+    """The same for a statistic that is `epps_pulley`, with knots of its own or not; None for another."""
+    keywords: dict[str, Any] = {}
+    if isinstance(univariate, partial) and not univariate.args:
+        keywords, univariate = univariate.keywords, univariate.func
+    if univariate is not epps_pulley or not keywords.keys() <= {"t_max", "knots"}:
+        return None
+    return _steps(keywords.get("t_max", 3.0), keywords.get("knots", 17))
 
 
 class _SlicedSum(torch.autograd.Function):
@@ -205,50 +223,3 @@ class _SlicedSum(torch.autograd.Function):
         gradient = all_reduce_mean(gradient)
         for_points, for_directions = (None if g is None else gradient * g for g in ctx.saved_tensors)
         return for_points, for_directions, None, None, None
-
-
-class _CharacteristicSums(torch.autograd.Function):
-    """Sums over samples of cos(t x) and sin(t x) at t = step, 2 step, ...: (2, steps, ..., slices).
-
-    Saves its input alone and walks the knots twice, so that no tensor with a dimension for the knots exists.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: float, steps: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.step, ctx.steps = step, steps
-        sums = x.new_empty(2, steps, *x.shape[:-2], x.shape[-1])
-        for knot, (cosine, sine) in enumerate(_walk(x, step, steps)):
-            sums[0, knot] = cosine.sum(-2)
-            sums[1, knot] = sine.sum(-2)
-        return sums
-
-    @staticmethod
-    @first_order_only("epps_pulley")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        slopes = gradient.unsqueeze(-2)
-        total: Tensor | None = None
-        for knot, (cosine, sine) in enumerate(_walk(x, ctx.step, ctx.steps)):
-            t = ctx.step * (knot + 1)
-            if total is None:
-                total = (t * slopes[1, knot]) * cosine
-            else:
-                total.addcmul_(t * slopes[1, knot], cosine)
-            total.addcmul_(-t * slopes[0, knot], sine)
-        assert total is not None  # there is at least one knot
-        return total, None, None
-
-
-def _walk(x: Tensor, step: float, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """cos(t x) and sin(t x) at t = step, 2 step, ...; valid until the next one is asked for."""
-    angle = x * step
-    cosine, sine = angle.cos(), angle.sin()
-    first_cosine, first_sine = cosine.clone(), sine.clone()
-    spare = angle
-    yield cosine, sine
-    for _ in range(steps - 1):
-        torch.mul(sine, first_sine, out=spare)
-        sine.mul_(first_cosine).addcmul_(cosine, first_sine)
-        cosine.mul_(first_cosine).sub_(spare)
-        yield cosine, sine
