@@ -257,6 +257,8 @@ class LeJEPA(Method):
         (['invariance', 'sigreg'], torch.Size([64, 32]))
     """
 
+    batch_statistic = True
+
     def __init__(
         self,
         *,

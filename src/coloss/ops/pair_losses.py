@@ -291,3 +291,8 @@ def triplet_margin_loss(
         x, y, rows, columns, first, margin, mining, distance == "euclidean", chunk_size
     )
     return reduced_total(total, active if reduction == "mean-active" else chosen, reduction, ring)
+
+
+# Their value belongs to a batch, as that of the losses in `coloss.ops.similarity`.
+for _loss in (pairwise_logistic_loss, sigmoid_pair_loss, pair_margin_loss, triplet_margin_loss):
+    _loss.batch_statistic = True  # type: ignore[union-attr]

@@ -343,6 +343,16 @@ def decoupled_softmax_loss(
     return reduced(total / mass.masked_fill(mass == 0, 1.0), mass > 0, reduction, ring)
 
 
+# Their value belongs to a batch, whose samples are each other's negatives: gradient accumulation must join batches, not average over them.
+for _loss in (
+    info_nce_loss,
+    supervised_contrastive_loss,
+    soft_contrastive_loss,
+    decoupled_softmax_loss,
+):
+    _loss.batch_statistic = True  # type: ignore[union-attr]
+
+
 def masked_logsumexp(
     x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*#shape"], dim: int = -1
 ) -> Float[Tensor, "..."]:

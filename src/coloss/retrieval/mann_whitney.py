@@ -228,6 +228,8 @@ class MannWhitneyRetrieval(Method):
         ['mann_whitney']
     """
 
+    batch_statistic = True
+
     def __init__(
         self,
         *,
