@@ -27,6 +27,10 @@ _ACCELERATOR_TILE = (4096, 16384)
 _BOUND = {torch.float32: 30.0, torch.float64: 300.0}
 
 
+# Products of 1 + exponentials stay finite in float32 while the bounds of their exponents add up to no more than this.
+_LARGEST_EXPONENT = 80.0
+
+
 @dataclass(frozen=True)
 class Mask:
     """Which pairs do not count. All parts that are given act together.
@@ -93,13 +97,20 @@ class Tiles:
         """The rows of y, or of x where it meets itself."""
         return self.x if self.y is None else self.y
 
-    def bounded(self, limit: float | None = None) -> bool:
-        """Whether no score is beyond a limit: by default the one up to which exponentials need no shift."""
-        if not self.x.numel() or not self.columns.numel():
-            return True
-        largest = torch.linalg.vector_norm(self.x, dim=1).amax()
-        other = largest if self.y is None else torch.linalg.vector_norm(self.columns, dim=1).amax()
-        return bool(largest * other <= (_BOUND[self.x.dtype] if limit is None else limit))
+    def bound(self) -> float:
+        """A number that no score exceeds in size: by the largest norms, or by the largest entries of each dimension."""
+        x, y = self.x, self.columns
+        if not x.numel() or not y.numel():
+            return 0.0
+        longest = torch.linalg.vector_norm(x, dim=1).amax()
+        other = longest if self.y is None else torch.linalg.vector_norm(y, dim=1).amax()
+        largest = x.abs().amax(0)
+        entries = largest.dot(largest if self.y is None else y.abs().amax(0))
+        return float(torch.minimum(longest * other, entries))
+
+    def bounded(self) -> bool:
+        """Whether exponentials need no shift."""
+        return self.bound() <= _BOUND[self.x.dtype]
 
     def scores(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Rows, columns and raw scores of each tile, and a spare tile; both are overwritten when the next ones are asked for.
@@ -256,7 +267,9 @@ def margin_sum(
     wide = accumulation_dtype(tiles.x.device)
     total = torch.zeros((), dtype=wide, device=tiles.x.device)
     active = total.clone()
-    shifted = function != "softplus" or not tiles.bounded()
+    bound = tiles.bound()
+    shifted = function != "softplus" or not bound <= _BOUND[tiles.x.dtype]
+    folds = 0 if shifted or not bound else max(0, min(3, int(math.log2(_LARGEST_EXPONENT / bound))))
     for rows, columns, tile, spare in tiles.scores():
         _open_tile(tiles.mask, rows, columns, tile, spare, shifted)
         times = 2 if tiles.y is None and columns != rows else 1
@@ -267,7 +280,7 @@ def margin_sum(
             else:
                 torch.add(tile, 1.0, out=spare)
                 torch.div(tile, spare, out=spare)
-                tile.log1p_()
+                tile = _fold(tile, folds).log1p_()
         else:
             torch.gt(tile, 0.0, out=spare)
             active += times * spare.sum()
@@ -289,6 +302,16 @@ def _open_tile(mask: Mask, rows: slice, columns: slice, tile: Tensor, spare: Ten
         mask.apply(tile, spare, rows, columns, -math.inf)
     else:
         mask.apply(tile.exp_(), spare, rows, columns, 0.0)
+
+
+def _fold(exponentials: Tensor, times: int) -> Tensor:
+    """Fewer numbers with the same sum of log(1 + e): halves are joined, (1 + a)(1 + b) - 1 = a + b + ab. Overwrites its input."""
+    for _ in range(times):
+        if exponentials.shape[1] % 2:
+            break
+        first, second = exponentials.tensor_split(2, 1)
+        exponentials = first.addcmul_(first, second).add_(second)
+    return exponentials
 
 
 def _add_products(
