@@ -118,6 +118,31 @@ def folder(tmp_path: Path) -> Path:
             ["'iris' has one target", "'species'"],
         ),
         (["compare", "iris", "--methods", "trp", "--kind", "regresion"], ["kind", "'regresion'"]),
+        (
+            ["compare", "iris", "--methods", "trp", "--label-noise", "1.5"],
+            ["label noise must be in [0, 1], got 1.5"],
+        ),
+        (
+            ["compare", "iris", "--methods", "trp", "--label-noise", "40%"],
+            ["--label-noise", "valid number"],
+        ),
+        (["compare", "iris", "--methods", "trp", "--imbalance", "0"], ["imbalance must be in (0, 1], got 0"]),
+        (
+            ["compare", "iris", "--methods", "trp", "--label-noise", "0.1", "--noise-kind", "pairs"],
+            ["noise_kind must be symmetric or pairwise, got 'pairs'"],
+        ),
+        (
+            ["compare", "iris", "--methods", "trp", "--imbalance-kind", "step"],
+            ["imbalance_kind goes with imbalance, which is not given"],
+        ),
+        (
+            ["compare", "diabetes", "--methods", "trp", "--label-noise", "0.1"],
+            ["for classification, diabetes is a regression set"],
+        ),
+        (
+            ["compare", "digits-ssl", "--methods", "lejepa", "--imbalance", "0.1"],
+            ["for classification tasks, digits-ssl is a self-supervised one"],
+        ),
         (["compare", "digits-halves", "--methods", "info-nce", "--target", "x"], ["digits-halves", "target"]),
         (
             ["compare", "ag-news", "--methods", "trp", "--text-features", "tf", "--limit", "20"],
@@ -245,6 +270,14 @@ def test_no_folder_is_touched_that_holds_something_else(coloss, folder):
     assert (folder / "a" / "comparison.json").read_bytes() == before
     code, _, err = coloss("compare", "wine", "--methods", "cross-entropy,trp", "--out", "a", *FAST)
     assert code == 2 and "task iris, now wine" in err and "arms cross-entropy, now cross-entropy, trp" in err
+
+
+def test_wrong_labels_make_another_comparison(coloss, folder):
+    arguments = ("compare", "iris", "--methods", "cross-entropy", "--out", "a", *FAST)
+    assert coloss(*arguments, "--label-noise", "0.4").code == 0
+    for other in ((), ("--label-noise", "0.2"), ("--label-noise", "0.4", "--imbalance", "0.1")):
+        code, _, err = coloss(*arguments, *other)
+        assert code == 2 and "a holds another comparison" in err and "'label_noise': 0.4" in err
 
 
 def test_data_that_changed_are_another_comparison(coloss, folder):

@@ -76,6 +76,27 @@ def test_an_experiment_file(coloss, tmp_path):
     }
 
 
+def test_wrong_labels_and_rare_classes(coloss, tmp_path):
+    found = coloss(*IRIS, "--out", "a", "--label-noise", "0.4", "--imbalance", "0.2", "--seeds", "1")
+    title = (
+        "classification on iris, 40% of the training labels wrong, rarest class at 0.2 of the most frequent"
+    )
+    assert found.code == 0 and found.out.strip().startswith(title)
+    record, trials = read_comparison(tmp_path / "a")
+    assert record.task == "iris" and record.title == title
+    assert record.options["task"] == {"label_noise": 0.4, "imbalance": 0.2}
+    assert {"accuracy", "balanced_accuracy", "macro_f1"} <= set(trials[0].metrics)
+    assert title in (tmp_path / "a" / "report.html").read_text()
+    (tmp_path / "plan.yaml").write_text(
+        "task: iris\nmethods: [cross-entropy]\nseeds: 1\nbudget: 3steps\nlabel_noise: 0.4\nnoise_kind: pairwise\nout: b\n"
+    )
+    found = json.loads(coloss("compare", "plan.yaml", "--json").out)
+    assert found["title"] == "classification on iris, 40% of the training labels pairwise wrong"
+    (tmp_path / "more.yaml").write_text((tmp_path / "plan.yaml").read_text().replace("pairwise", "symmetric"))
+    code, _, err = coloss("compare", "more.yaml")
+    assert code == 2 and "b holds another comparison" in err and "pairwise" in err
+
+
 def test_a_budget_in_seconds(coloss, tmp_path):
     code, _, _ = coloss(
         "compare", "iris", "--methods", "cross-entropy,trp", "--seeds", "1", "--budget", "0.5s", "--out", "a"

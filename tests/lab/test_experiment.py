@@ -75,6 +75,12 @@ def test_a_path_is_relative_to_the_file_and_a_task_is_no_path(tmp_path):
         ("task: digits\nmethods: [1]\n", r"methods\.0: .*, got 1"),
         ("task: digits\nmethods: [trp]\nlimit: 0\n", "limit: .*, got 0"),
         ("task: digits\nmethods: [trp]\n3: 4\n", r"unknown entry 3 \(there are task, methods"),
+        (
+            "task: digits\nmethods: [trp]\nlabel_noise: 1.5\n",
+            "label_noise: .* less than or equal to 1, got 1.5",
+        ),
+        ("task: digits\nmethods: [trp]\nimbalance: 0\n", "imbalance: .* greater than 0, got 0"),
+        ("task: digits\nmethods: [trp]\nnoise_kind: odd\n", "noise_kind: .*'pairwise', got 'odd'"),
         ("task: digits\nmethods: {a: b}\n", "methods: Input should be a valid list"),
         ("just words\n", "must hold entries like 'task: digits', got str"),
         ("", "must hold entries like 'task: digits', got NoneType"),

@@ -112,6 +112,48 @@ def test_options_reach_the_data(tmp_path):
         find_task("digits-halves", kind="classification")
 
 
+def test_wrong_labels_and_rare_classes_are_drawn_by_the_seed():
+    clean, noisy = find_task("digits").load(1), find_task("digits", label_noise=0.4).load(1)
+    wrong = clean.train.targets != noisy.train.targets
+    assert int(wrong.sum()) == round(0.4 * len(clean.train)) and torch.equal(clean.train.ids, noisy.train.ids)
+    assert torch.equal(clean.test.targets, noisy.test.targets)
+    assert (clean.validation.targets != noisy.validation.targets).float().mean().item() == pytest.approx(
+        0.4, abs=0.01
+    )
+    again = find_task("digits", label_noise=0.4)
+    assert torch.equal(noisy.train.targets, again.load(1).train.targets)
+    assert not torch.equal(noisy.train.targets, again.load(2).train.targets)
+    pairwise = find_task("digits", label_noise=0.4, noise_kind="pairwise").load(1).train.targets
+    assert set(((pairwise - clean.train.targets) % 10).tolist()) == {0, 1}
+    rare = find_task("breast-cancer", imbalance=0.05).load(0)
+    assert rare.train.targets.bincount().tolist() == [11, 214]
+    assert find_task("iris", imbalance=0.1, imbalance_kind="step").load(
+        0
+    ).train.targets.bincount().tolist() == [30, 30, 3]
+    both = find_task("breast-cancer", imbalance=0.05, label_noise=0.2, limit=100)
+    assert both.title == (
+        "classification on breast-cancer, 20% of the training labels wrong, rarest class at 0.05 of the most frequent"
+    )
+    assert both.name == "breast-cancer" and len(both.load(0).train) < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digits", {"label_noise": 1.5}, r"label noise must be in \[0, 1\], got 1.5"),
+        ("digits", {"imbalance": 0.0}, r"imbalance must be in \(0, 1\], got 0.0"),
+        ("diabetes", {"label_noise": 0.1}, "for classification, diabetes is a regression set"),
+        ("digits-ssl", {"imbalance": 0.1}, "for classification tasks, digits-ssl is a self-supervised one"),
+        ("digits-halves", {"label_noise": 0.1}, "for classification tasks, digits-halves is a retrieval one"),
+        ("digits", {"noise_kind": "pairwise"}, "noise_kind goes with label_noise, which is not given"),
+        ("digits", {"imbalance_kind": "step"}, "imbalance_kind goes with imbalance, which is not given"),
+    ],
+)
+def test_wrong_labels_and_rare_classes_are_for_classification(name, options, message):
+    with pytest.raises(InputError, match=message):
+        find_task(name, **options)
+
+
 def _has(name):
     try:
         load(name, limit=10)

@@ -15,6 +15,7 @@ from coloss.metrics import (
     evaluate_regressor,
     knn_probe,
     linear_probe,
+    macro_f1,
     negative_log_likelihood,
     retrieval_metrics,
 )
@@ -44,6 +45,7 @@ def test_classifier_summary_is_that_of_its_logits():
     logits = model[0](x).detach()
     assert found["accuracy"] == float(accuracy(logits, y))
     assert found["nll"] == pytest.approx(float(negative_log_likelihood(logits, y)))
+    assert found["macro_f1"] == float(macro_f1(logits, y))
     assert model.training and found == evaluate_classifier(model, [(x, y)])
 
 

@@ -70,6 +70,21 @@ def compare(
         str | None, typer.Option(help="tfidf, hashing, or import path of an encoder.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use so many samples of each part at most.")] = None,
+    label_noise: Annotated[
+        float | None,
+        typer.Option(help="Make this share of training and validation labels wrong (classification): 0.4."),
+    ] = None,
+    noise_kind: Annotated[
+        str | None,
+        typer.Option(help="symmetric (any other class) or pairwise (the next). Default: symmetric."),
+    ] = None,
+    imbalance: Annotated[
+        float | None,
+        typer.Option(help="Thin classes until the rarest has this share of the most frequent: 0.05."),
+    ] = None,
+    imbalance_kind: Annotated[
+        str | None, typer.Option(help="long-tailed or step. Default: long-tailed.")
+    ] = None,
     logger: Annotated[str | None, typer.Option(help="Also log to csv, tensorboard or mlflow.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -88,6 +103,10 @@ def compare(
         "model": model,
         "text_features": text_features,
         "limit": limit,
+        "label_noise": label_noise,
+        "noise_kind": noise_kind,
+        "imbalance": imbalance,
+        "imbalance_kind": imbalance_kind,
         "logger": logger,
         "out": str(out) if out is not None else None,
     }
@@ -116,7 +135,7 @@ def compare(
     if as_json:
         found = {"report": str(page), "folder": str(folder), "failures": failures, "arms": ranking_json(rows)}
         plan = result.record.model_dump(
-            include={"task", "metric", "direction", "baseline", "seeds", "budget"}
+            include={"task", "title", "metric", "direction", "baseline", "seeds", "budget"}
         )
         typer.echo(json.dumps(plain_json(plan) | found, indent=1, allow_nan=False))
     else:
@@ -134,7 +153,12 @@ def _plan(given: dict[str, Any]) -> Any:
     from coloss.lab.known_tasks import check_task
     from coloss.train.budget import Budget
 
-    for name, choices in (("kind", ("classification", "regression")), ("direction", ("higher", "lower"))):
+    for name, choices in (
+        ("kind", ("classification", "regression")),
+        ("direction", ("higher", "lower")),
+        ("noise_kind", ("symmetric", "pairwise")),
+        ("imbalance_kind", ("long-tailed", "step")),
+    ):
         if given.get(name, choices[0]) not in choices:
             raise InputError(f"{name} must be {' or '.join(choices)}, got {given[name]!r}")
     check_task(given["task"])

@@ -5,6 +5,9 @@ from .catalog import DatasetInfo as DatasetInfo
 from .catalog import data_directory as data_directory
 from .catalog import dataset_info as dataset_info
 from .catalog import locate as locate
+from .corruption import Corruption as Corruption
+from .corruption import with_imbalance as with_imbalance
+from .corruption import with_label_noise as with_label_noise
 from .dataset import IndexedDataset as IndexedDataset
 from .dataset import RetrievalSplits as RetrievalSplits
 from .dataset import Splits as Splits

@@ -77,7 +77,7 @@ class Comparison:
         reach: metric value whose first crossing is timed.
         logger: "csv", "tensorboard" or "mlflow", written to `logs` in the result folder.
         command: what to show as the command that made it.
-        options: what `find_task` takes (`target`, `kind`, `model`, `text_features`, `limit`), for tasks given by name.
+        options: what `find_task` takes (`target`, `kind`, `model`, `text_features`, `limit`, `label_noise`, `imbalance` ...), for tasks given by name.
 
     Raises:
         InputError: for unknown tasks, methods or parameters, a method that does not fit the task, or no arm.

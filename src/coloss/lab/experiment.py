@@ -29,6 +29,10 @@ class Experiment(BaseModel):
     model: mymodels:build       # import path of a callable (splits -> module); found from the current folder
     text_features: tfidf        # or hashing, or the import path of an encoder
     limit: 1000                 # use so many samples of each part at most
+    label_noise: 0.4            # share of wrong labels in training and validation data, for classification; test data stay clean
+    noise_kind: symmetric       # or pairwise
+    imbalance: 0.05             # rarest class's share of the most frequent one there, for classification
+    imbalance_kind: long-tailed # or step
     logger: csv                 # or tensorboard, mlflow: in the folder logs beside the results
     out: runs/digits            # result folder, relative to the current folder; the same one goes on where a stopped run ended
     ```
@@ -53,6 +57,10 @@ class Experiment(BaseModel):
     model: str | None = None
     text_features: str | None = None
     limit: int | None = Field(None, ge=1)
+    label_noise: float | None = Field(None, ge=0, le=1)
+    noise_kind: Literal["symmetric", "pairwise"] | None = None
+    imbalance: float | None = Field(None, gt=0, le=1)
+    imbalance_kind: Literal["long-tailed", "step"] | None = None
     logger: str | None = None
     out: str | None = None
 

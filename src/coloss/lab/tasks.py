@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from coloss.data import IndexedDataset, RetrievalSplits, Splits, halves, import_callable, load
+from coloss.data import Corruption, IndexedDataset, RetrievalSplits, Splits, halves, import_callable, load
 from coloss.errors import InputError
 from coloss.lab.known_tasks import HALVES, SELF_SUPERVISED, check_task, is_file, task_names
 from coloss.metrics import (
@@ -35,6 +35,10 @@ def find_task(
     model: str | None = None,
     text_features: str = "tfidf",
     limit: int | None = None,
+    label_noise: float | None = None,
+    noise_kind: Literal["symmetric", "pairwise"] | None = None,
+    imbalance: float | None = None,
+    imbalance_kind: Literal["long-tailed", "step"] | None = None,
 ) -> Task:
     """The task of a name, or of a file or folder.
 
@@ -45,6 +49,12 @@ def find_task(
         model: import path `package.module:name` of a callable `splits -> nn.Module`, in place of the default model.
         text_features: "tfidf", "hashing" or the import path of an encoder.
         limit: use so many samples of each part at most.
+        label_noise: share of wrong labels in training and validation data, in [0, 1], drawn by each seed; for classification. Test data
+            stay clean, see `coloss.data.with_label_noise`.
+        noise_kind: "symmetric" (default) or "pairwise".
+        imbalance: rarest class's share of the most frequent one in training and validation data, in (0, 1]; for classification. Test data
+            stay as they are, see `coloss.data.with_imbalance`.
+        imbalance_kind: "long-tailed" (default) or "step".
 
     Raises:
         InputError: if there is no such task, file, column or model; close names are suggested.
@@ -52,9 +62,15 @@ def find_task(
     Examples:
         >>> find_task("digits").objective_name
         'cross-entropy'
+        >>> find_task("digits", label_noise=0.4).title
+        'classification on digits, 40% of the training labels wrong'
     """
     check_task(name)
     self_supervised = name in task_names() and name.endswith(SELF_SUPERVISED)
+    corruption = _corruption(label_noise, noise_kind, imbalance, imbalance_kind)
+    if corruption is not None and (self_supervised or name == HALVES):
+        what = "a self-supervised" if self_supervised else "a retrieval"
+        raise InputError(f"label noise and imbalance are for classification tasks, {name} is {what} one")
     if name == HALVES:
         if target is not None or kind is not None:
             raise InputError(f"{HALVES} pairs halves of images and has no target: leave target and kind out")
@@ -65,12 +81,33 @@ def find_task(
         if is_file(name):
             source = Path(name).expanduser()
             stamp = content_hash(source)
-        read = partial(_load, source, stamp, target, kind, text_features, limit)
+        read = partial(_load, source, stamp, target, kind, text_features, limit, corruption)
         task = task_from_splits(name, read, self_supervised=self_supervised)
     if is_file(name):
         task = replace(task, title=f"{task.kind} on {Path(name).name}")
+    if corruption is not None and corruption.description:
+        task = replace(task, title=f"{task.title}, {corruption.description}")
     return (
         replace(task, model=partial(_build_model, model, _import_model(model))) if model is not None else task
+    )
+
+
+def _corruption(
+    label_noise: float | None, noise_kind: Any, imbalance: float | None, imbalance_kind: Any
+) -> Corruption | None:
+    for kind, kind_name, value, name in (
+        (noise_kind, "noise_kind", label_noise, "label_noise"),
+        (imbalance_kind, "imbalance_kind", imbalance, "imbalance"),
+    ):
+        if kind is not None and value is None:
+            raise InputError(f"{kind_name} goes with {name}, which is not given")
+    if label_noise is None and imbalance is None:
+        return None
+    return Corruption(
+        label_noise if label_noise is not None else 0.0,
+        noise_kind or "symmetric",
+        imbalance if imbalance is not None else 1.0,
+        imbalance_kind or "long-tailed",
     )
 
 
@@ -110,10 +147,12 @@ def _load(
     kind: Any,
     text_features: str,
     limit: int | None,
+    corruption: Corruption | None,
     seed: int,
 ) -> Splits | RetrievalSplits:
     """`stamp` makes a file that changed another entry of the cache."""
-    return load(source, target=target, kind=kind, seed=seed, text_features=text_features, limit=limit)
+    splits = load(source, target=target, kind=kind, seed=seed, text_features=text_features, limit=limit)
+    return splits if corruption is None else corruption.apply(cast(Splits, splits), seed)
 
 
 @lru_cache(maxsize=3)
@@ -210,6 +249,9 @@ def contrastive_loss(
 ) -> Tensor:
     """InfoNCE over the batch, from query to document and back."""
     return info_nce_loss(outputs[0], outputs[1], temperature, symmetric=True)
+
+
+contrastive_loss.batch_statistic = True  # type: ignore[attr-defined]
 
 
 _SUPERVISED: Mapping[str, tuple[Any, str, Any, str, Direction]] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from coloss.ops import full_precision
 
 from .calibration import expected_calibration_error, negative_log_likelihood
-from .classification import accuracy, balanced_accuracy, mean_squared_error, r2_score
+from .classification import accuracy, balanced_accuracy, macro_f1, mean_squared_error, r2_score
 from .embedding import feature_standard_deviation, uniformity
 from .inference import extract_features, predict
 from .probes import knn_probe, linear_probe
@@ -32,7 +32,7 @@ def evaluate_classifier(model: nn.Module, dataset: Any, batch_size: int = 1024) 
         batch_size: samples in one forward pass.
 
     Returns:
-        `accuracy`, `balanced_accuracy`, `nll` (nats) and `ece` (15 bins).
+        `accuracy`, `balanced_accuracy`, `macro_f1`, `nll` (nats) and `ece` (15 bins).
 
     Raises:
         ValueError: if the data hold no sample, no targets, or targets that do not fit the logits.
@@ -41,12 +41,13 @@ def evaluate_classifier(model: nn.Module, dataset: Any, batch_size: int = 1024) 
         >>> model = nn.Linear(2, 2)
         >>> data = [(torch.randn(8, 2), torch.tensor([0, 1] * 4))]
         >>> sorted(evaluate_classifier(model, data))
-        ['accuracy', 'balanced_accuracy', 'ece', 'nll']
+        ['accuracy', 'balanced_accuracy', 'ece', 'macro_f1', 'nll']
     """
     logits, targets = _tensors(model, dataset, batch_size)
     return {
         "accuracy": float(accuracy(logits, targets)),
         "balanced_accuracy": float(balanced_accuracy(logits, targets)),
+        "macro_f1": float(macro_f1(logits, targets)),
         "nll": float(negative_log_likelihood(logits, targets)),
         "ece": float(expected_calibration_error(logits, targets, from_logits=True)),
     }
