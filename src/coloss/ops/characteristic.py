@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .distributed import is_distributed
-from .frequencies import FrequencyWalk, parts
+from .frequencies import parts
 from .gradients import first_order_only
+from .kernels import frequency_walk
 from .precision import without_autocast
 
 # Angles that are held between projection and gradient: 4 MiB in float32, which stay in the last cache.
@@ -62,7 +63,7 @@ def column_statistic(x: Tensor, step: float, steps: int, with_gradient: bool) ->
     most = max(_CHUNK_ENTRIES // max(samples, 1), 1)
     with without_autocast(x.device):
         columns = x.reshape(sets, samples, slices).transpose(1, 2)
-        walk = FrequencyWalk(x, samples, step, steps)
+        walk = frequency_walk(x, samples, step, steps)
         sums = walk.new_sums(sets * slices)
         # Without slopes to keep, every chunk of angles takes the place of the one before.
         slopes = x.new_empty(sets if with_gradient else 0, slices, samples)
@@ -117,7 +118,7 @@ def sliced_total(
     wanted, joined = for_points or for_directions, is_distributed()
     with without_autocast(points.device):
         rows = points.reshape(sets * samples, dim)
-        walk = FrequencyWalk(points, samples, step, steps)
+        walk = frequency_walk(points, samples, step, steps)
         sums = walk.new_sums(slices * sets)
         gradient = points.new_empty(rows.shape if for_points else 0)
         turned = directions.new_empty(directions.shape if for_directions else 0)

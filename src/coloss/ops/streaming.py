@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .distributed import all_reduce_mean
 from .gradients import first_order_only, needs_gradient
+from .kernels import add_softmax_slopes, logsumexps, margin_sum
 from .precision import accumulation_dtype
 from .ring import Ring
-from .score_tiles import Mask, Softmax, Tiles, add_softmax_slopes, logsumexps, margin_sum
+from .score_tiles import Mask, Softmax, Tiles
 
 # Scores kept for the backward pass where there are so few, in place of being made again.
 _KEPT_ON_CPU = 2**22
