@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coloss.metrics import alignment, feature_standard_deviation, tolerance, uniformity
+from coloss.metrics import (
+    alignment,
+    embedding,
+    embedding_metrics,
+    feature_standard_deviation,
+    tolerance,
+    uniformity,
+)
 
 
 def gaussian(samples, dimensions, seed=0, dtype=torch.float32):
@@ -146,3 +153,81 @@ def test_bad_options_are_refused():
         inspect.unwrap(tolerance)(z, torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="embeddings must be .samples, dimensions., got shape"):
         inspect.unwrap(uniformity)(torch.ones(3))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 1000),
+    st.integers(2, 60),
+    st.integers(1, 70),
+    st.booleans(),
+    st.sampled_from([0.1, 2.0, 300.0]),
+)
+def test_uniformity_has_one_value_for_all_tiles(seed, samples, chunk_size, normalize, t):
+    z = gaussian(samples, 3, seed, torch.float64)
+    points = F.normalize(z, dim=1) if normalize else z
+    expected = torch.pdist(points).square().mul(-t).logsumexp(0) - math.log(samples * (samples - 1) / 2)
+    found = uniformity(z, t, normalize=normalize, chunk_size=chunk_size)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sums_over_chunks_are_sums_over_all(monkeypatch, rows, normalize):
+    first, second = gaussian(50, 4, 0, torch.float64), gaussian(50, 4, 1, torch.float64)
+    targets = torch.arange(50) % 7
+    monkeypatch.setattr(embedding, "_ROWS", rows)
+    a, b = (F.normalize(x, dim=1) if normalize else x for x in (first, second))
+    pairs = (targets[:, None] == targets) & ~torch.eye(50, dtype=torch.bool)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    found = alignment(first, second, 3, normalize=normalize)
+    torch.testing.assert_close(found, (a - b).norm(dim=1).pow(3).mean(), **close)
+    found = tolerance(first, targets, normalize=normalize)
+    torch.testing.assert_close(found, (a @ a.T)[pairs].mean(), **close)
+    found = feature_standard_deviation(first)
+    torch.testing.assert_close(found, F.normalize(first, dim=1).std(0).mean(), **close)
+
+
+def test_sums_of_many_float32_values_keep_their_digits():
+    z = 1 + gaussian(30_000, 2)
+    points = F.normalize(z.double(), dim=1)
+    found = tolerance(z, torch.zeros(30_000, dtype=torch.long))
+    expected = (points.sum(0).square().sum() - 30_000) / (30_000 * 29_999)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_all_meters_at_once():
+    z, other, targets = gaussian(300, 4), gaussian(300, 4, 1), torch.arange(300) % 5
+    found = embedding_metrics(z, targets, other)
+    assert found["uniformity"] == uniformity(z) and found["tolerance"] == tolerance(z, targets)
+    assert found["alignment"] == alignment(z, other) and found["feature_std"] == feature_standard_deviation(z)
+    singular = torch.linalg.svdvals(z.double())
+    share = singular / singular.sum()
+    assert found["effective_rank"] == pytest.approx(float((-(share * share.log()).sum()).exp()))
+    assert set(embedding_metrics(z)) == {"uniformity", "feature_std", "effective_rank"}
+
+
+def test_uniformity_of_a_drawn_part_is_near_that_of_all_and_repeatable():
+    z = gaussian(2000, 8)
+    found = embedding_metrics(z, uniformity_samples=500)["uniformity"]
+    assert found == embedding_metrics(z, uniformity_samples=500)["uniformity"]
+    assert found != float(uniformity(z)) and found == pytest.approx(float(uniformity(z)), abs=0.05)
+    other = embedding_metrics(z, uniformity_samples=500, generator=torch.Generator().manual_seed(1))
+    assert other["uniformity"] != found
+
+
+def test_values_that_are_not_finite_are_refused():
+    z, targets = gaussian(5, 3), torch.zeros(5, dtype=torch.long)
+    bad = z.clone()
+    bad[4, 1] = math.nan
+    for meter in (
+        lambda: uniformity(bad),
+        lambda: tolerance(bad, targets),
+        lambda: feature_standard_deviation(bad / 0),
+    ):
+        with pytest.raises(ValueError, match="embeddings must be finite, got NaN or infinity"):
+            meter()
+    with pytest.raises(ValueError, match="second must be finite"):
+        alignment(z, bad)
+    with pytest.raises(ValueError, match="uniformity_samples must be >= 2, got 1"):
+        embedding_metrics(z, uniformity_samples=1)

@@ -7,14 +7,18 @@ from .classification import macro_f1 as macro_f1
 from .classification import mean_squared_error as mean_squared_error
 from .classification import r2_score as r2_score
 from .embedding import alignment as alignment
+from .embedding import embedding_metrics as embedding_metrics
 from .embedding import feature_standard_deviation as feature_standard_deviation
 from .embedding import tolerance as tolerance
 from .embedding import uniformity as uniformity
+from .embedding_retrieval import retrieval_metrics_from_embeddings as retrieval_metrics_from_embeddings
 from .inference import Features as Features
 from .inference import Predictions as Predictions
 from .inference import evaluation_mode as evaluation_mode
 from .inference import extract_features as extract_features
 from .inference import predict as predict
+from .neighbours import Neighbours as Neighbours
+from .neighbours import nearest_neighbours as nearest_neighbours
 from .probes import ProbeResult as ProbeResult
 from .probes import RegressionProbeResult as RegressionProbeResult
 from .probes import knn_probe as knn_probe
@@ -27,6 +31,7 @@ from .retrieval import pooled_auc as pooled_auc
 from .retrieval import retrieval_metrics as retrieval_metrics
 from .retrieval import roc_curve_pooled as roc_curve_pooled
 from .retrieval import threshold_at_fpr as threshold_at_fpr
+from .self_retrieval import self_retrieval_metrics as self_retrieval_metrics
 from .statistics import MeanInterval as MeanInterval
 from .statistics import PairedResult as PairedResult
 from .statistics import mean_interval as mean_interval

@@ -13,14 +13,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from coloss.ops import full_precision, without_autocast
-
 from .classification import mean_squared_error, r2_score
 from .inference import extract_features as extract_features
+from .neighbours import nearest_neighbours
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +164,7 @@ def knn_probe(
     metric: Literal["cosine", "euclidean"] = "cosine",
     labels: int | None = None,
     seed: int = 0,
-    chunk_size: int = 512,
+    chunk_size: int = 2048,
 ) -> ProbeResult:
     """Test accuracy of a vote among the k nearest training samples, weighted by similarity.
 
@@ -182,7 +180,7 @@ def knn_probe(
         k: neighbours that vote, >= 1; capped at the number of training samples.
         temperature: > 0, in units of the similarity; None gives each neighbour one vote. The default suits
             cosines; distances have no natural scale, so prefer None with them.
-        metric: "cosine" (a zero vector has cosine 0 with all) or "euclidean" (computed in float64).
+        metric: "cosine" (a zero vector has cosine 0 with all) or "euclidean".
         labels: budget of training labels, drawn by `label_budget`; None uses all.
         seed: of the draw.
         chunk_size: test samples compared at a time, >= 1; changes memory, not the result.
@@ -195,7 +193,8 @@ def knn_probe(
         ValueError: if sizes disagree, features are not finite, a set is empty or an option is out of range.
 
     Cost:
-        O(test * train * dimensions) time, O(chunk_size * train) memory; runs on the device of the features.
+        O(test * train * dimensions) time; memory as `nearest_neighbours`, never test * train. Runs on the device of
+        the features.
 
     Source:
         Wu et al. 2018, arXiv 1805.01978, section 3.4, for the weighted vote.
@@ -214,26 +213,21 @@ def knn_probe(
         _check_positive("temperature", temperature)
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
-    chosen = _chosen(train_targets, labels, seed).to(train.device)
-    train, test = (F.normalize(x, dim=1) if metric == "cosine" else x.double() for x in (train[chosen], test))
-    classes, votes_for = train_targets.to(train.device)[chosen].unique(return_inverse=True)
-    squares = train.square().sum(1)
+    targets = train_targets.to(train.device)
+    if labels is not None:
+        chosen = label_budget(train_targets, labels, seed).to(train.device)
+        train, targets = train[chosen], targets[chosen]
+    classes, votes_for = targets.unique(return_inverse=True)
+    found = nearest_neighbours(test, train, k, metric=metric, query_chunk=chunk_size)
     predictions = []
-    for chunk in test.split(chunk_size):
-        with without_autocast(train.device):
-            similarity = chunk @ train.T
-        if metric == "euclidean":
-            distances = chunk.square().sum(1, keepdim=True) + squares - 2 * similarity
-            similarity = -distances.clamp(min=0).sqrt()
-        neighbours = _nearest(similarity, min(k, len(train)))
-        nearness = similarity.gather(1, neighbours)
+    for values, neighbours in zip(found.values.split(chunk_size), found.indices.split(chunk_size)):
         # Relative to the nearest neighbour, whose weight is 1: no temperature makes all votes vanish.
-        weights = torch.ones_like(nearness)
+        weights = torch.ones_like(values)
         if temperature is not None:
-            weights = ((nearness - nearness.amax(1, keepdim=True)) / temperature).exp()
-        votes = nearness.new_zeros(len(chunk), len(classes)).scatter_add_(1, votes_for[neighbours], weights)
+            weights = (-(values - values[:, :1]).abs() / temperature).exp()
+        votes = values.new_zeros(len(values), len(classes)).scatter_add_(1, votes_for[neighbours], weights)
         predictions.append(classes[votes.argmax(1)].long())
-    return _scored(torch.cat(predictions), test_targets, len(chosen))
+    return _scored(torch.cat(predictions), test_targets, len(train))
 
 
 def label_budget(targets: Int[Tensor, " samples"], labels: int, seed: int = 0) -> Int[Tensor, " labels"]:
@@ -274,19 +268,6 @@ def label_budget(targets: Int[Tensor, " samples"], labels: int, seed: int = 0) -
     return shuffled[turns[:labels]].sort().values
 
 
-def _nearest(similarity: Tensor, k: int) -> Tensor:
-    """Indices of the k largest entries of each row; of equals the earlier ones, which `topk` leaves open."""
-    values, indices = similarity.topk(k, dim=1)
-    border = values[:, -1:]
-    tied = torch.nonzero((similarity >= border).sum(1) > k).flatten()
-    if len(tied):
-        rows, border = similarity[tied], border[tied]
-        closer, level = rows > border, rows == border
-        room = k - closer.sum(1, keepdim=True)
-        indices[tied] = (closer | (level & (level.cumsum(1) <= room))).nonzero()[:, 1].reshape(-1, k)
-    return indices
-
-
 def _checked_features(
     train_features: Tensor, train_targets: Tensor, test_features: Tensor, test_targets: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -299,9 +280,9 @@ def _checked_features(
             raise ValueError(
                 f"{name}_targets must be {len(features)}, one for each sample, got {len(targets)}"
             )
-        if not bool(features.isfinite().all()):
+        if not all(bool(part.isfinite().all()) for part in features.split(4096)):
             raise ValueError(f"{name}_features must be finite, got NaN or infinity")
-        checked.append(full_precision(features.detach()).reshape(len(features), -1))
+        checked.append(features.detach().reshape(len(features), -1))
     if checked[0].shape[1] != checked[1].shape[1]:
         sizes = f"{checked[0].shape[1]} and {checked[1].shape[1]}"
         raise ValueError(f"train_features and test_features must have one number of dimensions, got {sizes}")

@@ -18,6 +18,10 @@ BENCHMARKS = {
     "loop": "coloss.lab.benchmarks.loop.measure",
     "import": "coloss.lab.benchmarks.startup.measure",
     "rankme": "coloss.lab.benchmarks.rankme.measure",
+    "embedding": "coloss.lab.benchmarks.embedding.measure",
+    "similarity": "coloss.lab.benchmarks.similarity.measure",
+    "slices": "coloss.lab.benchmarks.slices.measure",
+    "output-layer": "coloss.lab.benchmarks.output_layer.measure",
 }
 
 
@@ -38,7 +42,7 @@ def run_benchmarks(name: str | None, console: Console) -> list[dict[str, Any]]:
         >>> run_benchmarks("lop", Console())
         Traceback (most recent call last):
         ...
-        coloss.errors.InputError: no benchmark named 'lop'; did you mean 'loop'? (there are: loop, import, rankme)
+        coloss.errors.InputError: no benchmark named 'lop'; did you mean 'loop'? (there are: loop, import, ...)
     """
     if name is not None and name not in BENCHMARKS:
         raise InputError(
