@@ -18,6 +18,7 @@ from coloss.ops import (
     js_divergence_loss,
     logit_gap_loss,
     soft_cross_entropy_loss,
+    target_log_probability,
 )
 
 PAIR_LOSSES = [distillation_kl_loss, binary_kl_loss, logit_gap_loss, js_divergence_loss]
@@ -285,3 +286,32 @@ def test_bad_input_is_named(loss):
 def test_entropy_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="at least one class"):
         entropy(torch.zeros(2, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7,), (2, 3), ()])
+def test_the_target_log_probability_is_minus_the_cross_entropy(shape, dtype):
+    logits, target = torch.randn(*shape, 5).mul(20).to(dtype), torch.randint(5, shape, dtype=torch.uint8)
+    found = target_log_probability(logits, target)
+    wide = logits.float() if dtype == torch.float16 else logits
+    expected = -F.cross_entropy(wide.reshape(-1, 5), target.long().reshape(-1), reduction="none")
+    torch.testing.assert_close(found, expected.reshape(shape))
+
+
+def test_the_target_log_probability_of_the_impossible_the_certain_and_nothing():
+    logits = torch.tensor([[-math.inf, 0.0], [200.0, 0.0]], requires_grad=True)
+    found = target_log_probability(logits, torch.tensor([0, 0]))
+    assert found.tolist() == [-math.inf, 0.0]
+    found[1].backward()
+    assert logits.grad.isfinite().all()
+    assert target_log_probability(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_a_target_that_is_no_class_is_named():
+    with pytest.raises(ValueError, match=r"class numbers in \[0, 3\), got 3"):
+        target_log_probability(torch.zeros(2, 3), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"class numbers in \[0, 3\), got -100"):
+        target_log_probability(torch.zeros(2, 3), torch.tensor([0, -100]))
+    with pytest.raises(ValueError, match="logits must have the shape"):
+        target_log_probability(torch.zeros(2, 3), torch.tensor([0]))

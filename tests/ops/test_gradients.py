@@ -15,6 +15,7 @@ from coloss.ops import (
     reverse_gradient,
     scale_gradient,
     straight_through,
+    surrogate_gradient,
 )
 
 
@@ -284,3 +285,34 @@ def test_bad_input_is_named():
         project_conflicting(one, one, over=[True, False])
     with pytest.raises(ValueError, match="over must be .*, got 'some'"):
         project_conflicting(one, one, over="some")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_surrogate_has_the_given_gradient_and_shows_the_given_value(dtype):
+    x = torch.tensor([[1.0, -2.0], [0.0, 500.0]], dtype=dtype, requires_grad=True)
+    given = torch.tensor([[0.25, -1.0], [1e-3, 2.0]], dtype=torch.float32)
+    plain, shown = surrogate_gradient(x, given), surrogate_gradient(x, given, torch.tensor(7.5))
+    assert plain.item() == pytest.approx(0.25 + 2 + 1000)
+    assert shown.item() == 7.5
+    for scalar in (plain, shown):
+        assert scalar.dtype in (torch.float32, torch.float64)
+        (found,) = torch.autograd.grad(3 * scalar, x)
+        torch.testing.assert_close(found, (3 * given).to(dtype))
+
+
+def test_a_surrogate_holds_the_gradient_and_the_value_constant():
+    x, given = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    value = x.square().sum()
+    scalar = surrogate_gradient(x, given, value)
+    assert torch.equal(scalar, value)
+    scalar.backward()
+    assert given.grad is None
+    torch.testing.assert_close(x.grad, given.detach())
+    infinite = surrogate_gradient(torch.tensor([float("inf")], requires_grad=True), torch.zeros(1), value)
+    assert torch.equal(infinite, value)
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_a_surrogate_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"gradient must have the shape \(3,\) of x, got \(2,\)"):
+        surrogate_gradient(torch.zeros(3), torch.zeros(2))

@@ -1,4 +1,4 @@
-"""`coloss list`, `coloss show`, `coloss data`: what there is. None of them imports torch."""
+"""`coloss list`, `coloss show`, `coloss data`: what there is. None of them imports torch, but for a system whose loss is drawn."""
 
 import json
 from typing import Annotated, Any
@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from coloss.cli.display import output, plain_json
 from coloss.errors import DataNotFoundError, InputError, suggest_names
-from coloss.lab.catalog import FAMILIES, Entry, catalog, find_entry
+from coloss.lab.catalog import FAMILIES, Entry, catalog, find_entry, import_name
 
 VERDICT_STYLE = {"reproduced": "green", "contradicted": "red", "inconclusive": "yellow"}
 
@@ -89,6 +90,8 @@ def show(
     if lines := commands(entry):
         console.print("[bold]Use[/]")
         _print_block(console, "\n".join(f"  {line}" for line in lines))
+    if entry.has_profile:
+        _print_profile(console, entry)
     _print_evidence(console, entry, found)
 
 
@@ -123,6 +126,26 @@ def commands(entry: Entry) -> list[str]:
     if entry.has_claim:
         lines.append(f"coloss verify {entry.slug}")
     return lines
+
+
+def _print_profile(console: Console, entry: Entry) -> None:
+    """Draw the slopes of the system's losses over the margin."""
+    import plotext
+
+    chosen = import_name(f"{entry.module}.PROFILE")
+    plotext.clear_figure()
+    plotext.theme("pro" if console.color_system else "clear")
+    plotext.plotsize(min(console.width, 84), 18)
+    for profile in chosen.measure():
+        plotext.plot(profile.margins.tolist(), profile.gradient.tolist(), label=profile.name)
+    plotext.xlabel("margin: how far the right class is ahead")
+    console.print("[bold]Slope of the loss[/]  below 0 it pulls the right class up")
+    drawn = plotext.build()
+    text = Text.from_ansi(drawn if console.color_system else plotext.uncolorize(drawn))
+    console.print(text, no_wrap=True, crop=False)
+    if chosen.caption:
+        console.print(escape(chosen.caption))
+    console.print()
 
 
 def _print_evidence(console: Console, entry: Entry, found: dict[str, Any] | None) -> None:

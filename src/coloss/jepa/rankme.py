@@ -309,16 +309,7 @@ def rankme_interval(
 
 
 def _singular_values(embeddings: Tensor, center: bool) -> Tensor:
-    embeddings = embeddings.detach()
-    if center and len(embeddings):
-        # In float64, so that a mean much larger than the spread does not swallow it.
-        embeddings = embeddings.to(accumulation_dtype(embeddings.device))
-        mean = embeddings.mean(0)
-        embeddings = embeddings - mean
-        # What is left of equal rows is the rounding of their mean, which is no spread.
-        rounding = 8 * torch.finfo(embeddings.dtype).eps * mean.abs()
-        embeddings = torch.where(embeddings.abs() <= rounding, 0.0, embeddings)
-    return gram_singular_values(embeddings)
+    return gram_singular_values(embeddings.detach(), center)
 
 
 def _shares(values: Tensor) -> Tensor:

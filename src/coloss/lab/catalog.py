@@ -36,6 +36,7 @@ FAMILIES = (
 _DOCSTRING = re.compile(r'\A\s*(r?"""(?:[^"\\]|\\.|"(?!""))*""")', re.DOTALL)
 _SYSTEM = re.compile(r"^SYSTEM = System\($.*?^\)$", re.DOTALL | re.MULTILINE)
 _CLAIM = re.compile(r"^CLAIM\b", re.MULTILINE)
+_PROFILE = re.compile(r"^PROFILE\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Entry:
     kinds: tuple[str, ...] = ()
     recipe: str | None = None
     has_claim: bool = False
+    has_profile: bool = False
 
     @property
     def evidence(self) -> dict[str, Any] | None:
@@ -155,6 +157,7 @@ def read_room(path: Path, family: str) -> Entry | None:
             module=f"coloss.{family}.{path.stem}",
             docstring=inspect.cleandoc(ast.literal_eval(docstring.group(1))) if docstring else "",
             has_claim=_CLAIM.search(source) is not None,
+            has_profile=_PROFILE.search(source) is not None,
         )
     except (SyntaxError, ValueError, TypeError) as error:
         raise InputError(

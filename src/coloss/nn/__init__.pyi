@@ -4,6 +4,7 @@ from .classifier import DualEncoder as DualEncoder
 from .convnet import ConvNet as ConvNet
 from .ema import ModuleEMA as ModuleEMA
 from .frozen import Frozen as Frozen
+from .given_linear import linear_layer as linear_layer
 from .mlp import MLP as MLP
 from .positions import PositionTable as PositionTable
 from .positions import sinusoidal_positions as sinusoidal_positions

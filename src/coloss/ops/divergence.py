@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from .precision import full_precision
@@ -242,6 +242,43 @@ def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
         )
     log_probability = _finite_log_softmax(full_precision(logits))
     return (log_probability.exp() * -log_probability).sum(-1)
+
+
+def target_log_probability(
+    logits: Float[Tensor, "*batch classes"], target: Integer[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    r"""Log-probability that a prediction gives to the right class: minus the cross-entropy of each sample.
+
+    $\log \mathrm{softmax}(z)_y$ with $z$ the `logits` and $y$ the `target`.
+
+    Args:
+        logits: classes in the last dimension.
+        target: class numbers in [0, classes), any integer type.
+
+    Returns:
+        One value <= 0 for each position, at least float32; $-\infty$ where the target's logit is $-\infty$.
+
+    Raises:
+        ValueError: if the shapes do not fit, or, on a CPU, a target is no class number.
+
+    Examples:
+        >>> target_log_probability(torch.zeros(2, 4), torch.tensor([0, 3]))  # minus log 4
+        tensor([-1.3863, -1.3863])
+    """
+    if logits.ndim == 0 or logits.shape[-1] == 0 or logits.shape[:-1] != target.shape:
+        raise ValueError(
+            f"logits must have the shape {tuple(target.shape)} of target and a dimension of classes, "
+            f"got {tuple(logits.shape)}"
+        )
+    # Elsewhere the look would make the host wait for the device, which checks the index by itself.
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= logits.shape[-1]:
+            raise ValueError(
+                f"target must hold class numbers in [0, {logits.shape[-1]}), got {low if low < 0 else high}"
+            )
+    log_probability = torch.log_softmax(full_precision(logits), dim=-1)
+    return log_probability.gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
 
 
 class _BernoulliKL(torch.autograd.Function):

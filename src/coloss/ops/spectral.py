@@ -166,14 +166,18 @@ def nuclear_norm(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, 
 
 
 @torch.no_grad()
-def gram_singular_values(embeddings: Float[Tensor, "samples features"]) -> Float[Tensor, " values"]:
+def gram_singular_values(
+    embeddings: Float[Tensor, "samples features"], center: bool = False
+) -> Float[Tensor, " values"]:
     r"""Singular values of a tall or wide matrix through its small Gram matrix, in float64.
 
     $s = \sqrt{\mathrm{eig}(Z^\top Z)}$, or $Z Z^\top$ where there are fewer samples than features. Squaring
     halves the digits of small values: those below about $10^{-8}$ of the largest are rounding error.
 
     Args:
-        embeddings: $Z$, not centred here, finite.
+        embeddings: $Z$, finite.
+        center: take off the mean of the samples first, in the widest type, so that a mean much larger than the spread does not
+            swallow it.
 
     Returns:
         min(samples, features) values, descending, float64, without a gradient.
@@ -182,26 +186,40 @@ def gram_singular_values(embeddings: Float[Tensor, "samples features"]) -> Float
         ValueError: if a value is not finite.
 
     Cost:
-        $O(N D \min(N, D))$ time, much less than an SVD for $N \gg D$; $\min(N, D)^2$ memory beside the input.
+        $O(N D \min(N, D))$ time, much less than an SVD for $N \gg D$; $\min(N, D)^2$ memory beside the input, which with
+        `center` and fewer samples than features is copied once.
 
     Examples:
         >>> gram_singular_values(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])).tolist()
         [4.0, 3.0]
     """
-    tall = embeddings if embeddings.shape[0] >= embeddings.shape[1] else embeddings.T
     wide = accumulation_dtype(embeddings.device)
+    samples, features = embeddings.shape
+    mean = None
+    if center and samples:
+        mean = sum(rows.to(wide).sum(0) for rows in embeddings.split(_GRAM_BLOCK)) / samples
+        if samples < features:
+            embeddings, mean = _centred(embeddings.to(wide), mean), None
+    tall = embeddings if samples >= features else embeddings.T
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=wide, device=tall.device)
     half = tall.shape[1] // 2
     with without_autocast(tall.device):
         for rows in tall.split(_GRAM_BLOCK):
             # The upper right quarter is the lower left one again, and eigvalsh reads the lower triangle alone.
-            rows = rows.to(wide)
+            rows = rows.to(wide) if mean is None else _centred(rows.to(wide), mean)
             gram[:, :half].addmm_(rows.T, rows[:, :half])
             gram[half:, half:].addmm_(rows[:, half:].T, rows[:, half:])
     # Sums of squares are finite where all values are: far quicker than a look at each value.
     if not gram.diagonal().isfinite().all():
         raise ValueError("embeddings must be finite, got an infinity or NaN")
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+
+
+def _centred(rows: Tensor, mean: Tensor) -> Tensor:
+    """Rows less their mean; what is left of equal rows is the rounding of that mean, which is no spread."""
+    rounding = 8 * torch.finfo(rows.dtype).eps * mean.abs()
+    rows = rows - mean
+    return torch.where(rows.abs() <= rounding, 0.0, rows)
 
 
 def effective_rank(
