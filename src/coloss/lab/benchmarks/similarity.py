@@ -61,6 +61,7 @@ CASES = (
         "plain",
         {"batch": 16384, "dim": 256},
         1,
+        1,
         faster=2.0,
         leaner=25,
     ),
@@ -73,8 +74,10 @@ CASES = (
         1,
         megabytes=1500,
     ),
-    Case("NT-Xent, 2 x 256 x 256", "nt_xent", PEER, {"batch": 256, "dim": 256}, 3, faster=200, leaner=50),
-    Case("SupCon, 2 x 4,096 x 256", "supervised", PEER, {"batch": 4096, "dim": 256}, 1, faster=10, leaner=20),
+    Case("NT-Xent, 2 x 256 x 256", "nt_xent", PEER, {"batch": 256, "dim": 256}, 1, 1, faster=200, leaner=50),
+    Case(
+        "SupCon, 2 x 4,096 x 256", "supervised", PEER, {"batch": 4096, "dim": 256}, 1, 1, faster=10, leaner=20
+    ),
     Case("Mann-Whitney, 8,192 x 8,192", "mann_whitney", "plain", {"batch": 8192}, 3, faster=3, leaner=50),
 )
 
