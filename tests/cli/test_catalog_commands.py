@@ -135,6 +135,12 @@ def test_a_card_tells_all_of_a_system(coloss, measured):
     assert found["slug"] == "trp" and "min  L(W)" in found["docstring"] and ">>>" in found["example"]
 
 
+def test_a_loss_is_drawn(coloss):
+    out = coloss("show", "comp-sum-losses").out
+    assert "Slope of the loss" in out and "tau = 1.7" in out and "how far the right class is ahead" in out
+    assert "Slope of the loss" not in coloss("show", "trp").out
+
+
 @pytest.mark.parametrize("slug", SYSTEMS)
 def test_what_the_catalog_says_of_a_system_is_true(slug):
     entry = next(entry for entry in catalog() if entry.slug == slug)
@@ -143,6 +149,7 @@ def test_what_the_catalog_says_of_a_system_is_true(slug):
         assert hasattr(importlib.import_module(module), name), path
     room = importlib.import_module(entry.module)
     assert room.SYSTEM.slug == slug and hasattr(room, "CLAIM") == entry.has_claim
+    assert hasattr(room, "PROFILE") == entry.has_profile
 
 
 @pytest.mark.parametrize("slug", SYSTEMS)
