@@ -119,12 +119,25 @@ def test_a_resumed_trainer_goes_on_counting(data, new_model, tmp_path):
     assert steps[-1][1] == 1.0
 
 
-def test_wrong_attribute_and_replacing_methods_are_refused(data, new_model):
+def test_a_wrong_attribute_is_refused(data, new_model):
     with pytest.raises(InputError, match="has no module 'network'"):
         train(Module(new_model()), data, MethodCallback([Shrink()], model="network"))
 
+
+def test_a_method_may_replace_the_loss_of_training_step(data, new_model):
     class Instead(Method):
         replaces_objective = True
 
-    with pytest.raises(InputError, match="Instead replaces the objective"):
-        MethodCallback([Instead()])
+        def terms(self, state):
+            return {"instead": F.multi_margin_loss(state.outputs, state.batch.targets)}
+
+    model, twin = new_model(), new_model()
+    model[2] = twin[2] = nn.Identity()  # in place of dropout
+    train(Module(model), data, MethodCallback([Instead()]))
+    step = TrainingStep(twin, F.multi_margin_loss, state=_state(twin))
+    optimizer = torch.optim.SGD(step.trainable, lr=0.1)
+    for inputs, targets in list(DataLoader(TensorDataset(*data), batch_size=40))[:4]:
+        optimizer.zero_grad()
+        step.backward(step(inputs, targets))
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))

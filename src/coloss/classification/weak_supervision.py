@@ -29,7 +29,7 @@ and supervisor PGR has no value. Weak labels of data that the supervisor was tra
 
 Distributed: predictions are hardened together with those of all processes. The balance over classes belongs to the whole batch
 (`batch_statistic`); gradient accumulation joins micro-batches, or `memory` ranks small batches among the samples before them, which a
-checkpoint holds. The method replaces the run's objective; in Lightning call `ConfidenceLoss` in `training_step`.
+checkpoint holds. The method replaces the run's objective.
 """
 
 from collections.abc import Callable, Mapping, Sequence

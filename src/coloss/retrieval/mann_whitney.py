@@ -132,7 +132,8 @@ def mann_whitney_loss(
         device = generator.device if generator is not None else pool.device
         order = torch.randperm(len(pool), generator=generator, device=device)
         drawn = pool[order[:num_negatives].to(pool.device)]
-    loss = pairwise_logistic_loss(scores[positive], drawn, temperature, chunk_size, reduction)
+    side = None if chunk_size is None else math.isqrt(chunk_size)  # of a square tile of so many pairs
+    loss = pairwise_logistic_loss(scores[positive], drawn, temperature, side, reduction)
     return loss * (len(pool) / len(drawn)) if reduction == "sum" and len(drawn) else loss
 
 

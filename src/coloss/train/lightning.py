@@ -25,6 +25,7 @@ class MethodCallback(Callback):
     """Runs methods at the hooks of a Lightning `Trainer`.
 
     The LightningModule keeps its own `training_step`, whose loss becomes the term "objective"; the methods' terms are added to it.
+    Where a method replaces the objective, `training_step` still runs, for its forward pass, and its loss is left out.
     Their heads are submodules of the LightningModule during training, so `configure_optimizers` must build the optimizer from
     `self.parameters()`, and Lightning's checkpoints hold them. After training, `finish` has run and the heads are gone. What methods
     report with `state.log` goes to `pl_module.log`, and from there to the Trainer's loggers.
@@ -35,8 +36,7 @@ class MethodCallback(Callback):
         weights: as for `WeightedSum`; the LightningModule's own loss is named "objective".
 
     Raises:
-        InputError: if the attribute is missing, a method replaces the objective (return 0 * loss from `training_step` instead), or two
-            methods take over the backward pass; if the Trainer accumulates gradients that may not be averaged.
+        InputError: if the attribute is missing, or two methods take over the backward pass; if the Trainer accumulates gradients that may not be averaged.
 
     Examples:
         >>> from lightning.pytorch import LightningModule, Trainer
@@ -55,11 +55,6 @@ class MethodCallback(Callback):
         weights: Mapping[str, Schedule] | None = None,
     ):
         super().__init__()
-        for method in methods:
-            if method.replaces_objective:
-                raise InputError(
-                    f"{type(method).__name__} replaces the objective: in Lightning, compute it in training_step"
-                )
         self.methods = list(methods)
         self.attribute = model
         self.weights = weights
@@ -189,7 +184,7 @@ class _LightningStep(TrainingStep):
 
     def total(self, loss: Tensor) -> Tensor:
         """The module's own loss and the methods' terms, combined."""
-        terms = {"objective": loss}
+        terms = {} if self.objective is None else {"objective": loss}
         for method in self._term_hooks:
             terms.update(method.terms(self.state))  # type: ignore[operator]
         self.state.terms = self._terms = terms
