@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import coloss
-from coloss import Budget, Method, MethodCallback, Setting, TrainingStep
+from coloss import Budget, Method, Setting, TrainingStep
 from coloss.classification import AggregateSupervision, BagSampler, aggregate_loss, bag_dataset
 from coloss.data import Batch, IndexedDataset, Loader
 from coloss.lab.claims import verify
@@ -209,13 +209,6 @@ def test_accumulated_parts_of_bags_are_the_large_batch() -> None:
         coloss.fit(model, given, None, [AggregateSupervision("ce", rho=0.3)], **options)
         found.append(model.weight.detach())
     torch.testing.assert_close(found[0], found[1])
-
-
-def test_lightning_is_pointed_to_the_loss() -> None:
-    with pytest.raises(
-        ValueError, match="AggregateSupervision replaces the objective: in Lightning, compute it"
-    ):
-        MethodCallback([AggregateSupervision()])
 
 
 def test_mixed_precision_training_stays_finite() -> None:

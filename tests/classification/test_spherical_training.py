@@ -190,15 +190,6 @@ def test_a_conflict_monitor_changes_nothing() -> None:
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
 
 
-def test_lightning_is_refused_with_the_way_out() -> None:
-    pytest.importorskip("lightning")
-    for method in (SphericalObjective(), FactoredOutput()):
-        with pytest.raises(
-            InputError, match="replaces the objective: in Lightning, compute it in training_step"
-        ):
-            coloss.MethodCallback([method])
-
-
 def test_in_lightning_the_layer_is_called_by_hand() -> None:
     pytest.importorskip("lightning")
     from lightning.pytorch import LightningModule, Trainer

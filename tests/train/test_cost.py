@@ -22,6 +22,7 @@ class Cycle:
 
 
 def test_garbage_from_before_hides_nothing():
+    gc.unfreeze()  # objects that another test left frozen would have garbage collected, not kept
     gc.disable()  # or it may be collected before the measurement begins
     try:
         reference = weakref.ref(Cycle())

@@ -55,8 +55,7 @@ class AggregateSupervision(Method):
     """Trains on bag averages in place of the task's own labels: terms `bag_level` and `instance_level`.
 
     Batches must hold whole bags and say which: `Loader(bag_dataset(...), None, sampler=BagSampler(...))` makes them. With
-    `data` the method fetches random bags itself at each step, about as many samples as the batch it replaces. In Lightning
-    compute `AggregateLoss` in `training_step`.
+    `data` the method fetches random bags itself at each step, about as many samples as the batch it replaces.
 
     Args:
         base: "ce", "bce", "mse" or a callable, see `aggregate_loss`; targets of "ce" are proportions.
