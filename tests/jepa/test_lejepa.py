@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import coloss
-from coloss.data import MultiView, small_image_views
+from coloss.data import MultiView, small_image_views, stacked_views
 from coloss.errors import InputError, UnknownNameError
 from coloss.jepa import (
     LeJEPA,
@@ -20,13 +20,12 @@ from coloss.jepa import (
     lejepa_loss,
     projection_head,
 )
-from coloss.jepa.digits_encoder import digits_task
 from coloss.jepa.univariate import UNIVARIATE, moment_match
-from coloss.jepa.views import stacked_views
 from coloss.lab.claims import verify
 from coloss.nn import MLP, Classifier, ConvNet, SyncBatchNorm1d
 from coloss.ops import random_directions
 from coloss.train import Budget, Method, Setting, State, TrainingStep, UncertaintyWeighting, cosine, fit
+from coloss.train.encoder_task import digits_encoder_task
 
 KNOTS = torch.arange(17, dtype=torch.float64) * 3 / 16
 QUADRATURE = torch.full((17,), 2 * 3 / 16, dtype=torch.float64) * torch.exp(-(KNOTS**2) / 2)
@@ -544,7 +543,7 @@ def test_models_and_views_that_do_not_fit_are_refused(images, model, options, me
 
 
 def test_the_lab_builds_it_by_name():
-    setting = Setting(digits_task(Budget(steps=1)), 0, None, Budget(steps=1))
+    setting = Setting(digits_encoder_task(Budget(steps=1)), 0, None, Budget(steps=1))
     assert (
         LeJEPA.for_setting(setting, univariate="moment_match", weight=0.2).sigreg.univariate is moment_match
     )

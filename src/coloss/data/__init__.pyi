@@ -23,6 +23,10 @@ from .samplers import MPerClassSampler as MPerClassSampler
 from .samplers import Sampler as Sampler
 from .spectrogram import log_mel_spectrogram as log_mel_spectrogram
 from .spectrogram import mel_filters as mel_filters
+from .stacking import View as View
+from .stacking import default_views as default_views
+from .stacking import repeated as repeated
+from .stacking import stacked_views as stacked_views
 from .text import TextEncoder as TextEncoder
 from .text import fit_text_encoder as fit_text_encoder
 from .text import import_callable as import_callable

@@ -1,19 +1,20 @@
 """Joint-embedding prediction: encoders learnt without labels, what keeps them from collapsing, and meters of it."""
 
+from coloss.data import default_views as default_views
 from coloss.metrics import alignment as alignment
 from coloss.metrics import feature_standard_deviation as feature_standard_deviation
 from coloss.metrics import uniformity as uniformity
+from coloss.nn import projection_head as projection_head
 from coloss.ops import epps_pulley as epps_pulley
+from coloss.train import FeatureSource as FeatureSource
+from coloss.train import second_look as second_look
 
-from .feature_source import FeatureSource as FeatureSource
-from .feature_source import second_look as second_look
 from .lejepa import LeJEPA as LeJEPA
 from .lejepa import SIGReg as SIGReg
 from .lejepa import invariance_loss as invariance_loss
 from .lejepa import lejepa_loss as lejepa_loss
 from .pretraining import load_encoder as load_encoder
 from .pretraining import pretrain_lejepa as pretrain_lejepa
-from .projector import projection_head as projection_head
 from .rank_monitor import CollapseWarning as CollapseWarning
 from .rank_monitor import EffectiveRankMonitor as EffectiveRankMonitor
 from .rankme import RankInterval as RankInterval
@@ -30,7 +31,6 @@ from .univariate import extended_jarque_bera as extended_jarque_bera
 from .univariate import moment_match as moment_match
 from .univariate import quantile_match as quantile_match
 from .univariate import sliced_wasserstein as sliced_wasserstein
-from .views import default_views as default_views
 
 __all__ = [
     "CollapseWarning",

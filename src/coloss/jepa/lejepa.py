@@ -30,7 +30,6 @@ layers allow it. A checkpoint holds the projector and the state of all randomnes
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,12 +37,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from coloss.data import View
 from coloss.errors import InputError, UnknownNameError, suggest_names
-from coloss.jepa.digits_encoder import digits_task
-from coloss.jepa.feature_source import FeatureSource, second_look
-from coloss.jepa.projector import projection_head
 from coloss.jepa.univariate import UNIVARIATE
-from coloss.jepa.views import View, default_views, repeated, stacked_views
 from coloss.metrics import evaluate_encoder, extract_features
 from coloss.ops import (
     effective_rank,
@@ -54,12 +50,13 @@ from coloss.ops import (
     sliced_statistic,
 )
 from coloss.train.budget import Budget
+from coloss.train.encoder_task import digits_encoder_task
 from coloss.train.loop import Fit
-from coloss.train.method import Method
 from coloss.train.schedules import Schedule, value_at
 from coloss.train.state import State
 from coloss.train.system import Arm, Claim, System
 from coloss.train.task import Setting
+from coloss.train.view_method import ViewMethod
 
 
 def invariance_loss(
@@ -214,25 +211,16 @@ def lejepa_loss(
     return (1 - weight) * terms["invariance"] + weight * terms["sigreg"], terms
 
 
-class LeJEPA(Method):
-    """Self-supervised training on views, or an auxiliary loss on views beside an objective.
-
-    Without an objective the batch becomes all views of its samples, V times as many rows, in one forward pass (targets and ids are
-    repeated). With an objective the batch stays, and the views take a second forward pass of their own, which leaves no trace in
-    outputs, tapped features or batch-norm statistics. The projector belongs to the method, so the model ships as it was built. Other
-    methods find the projected embeddings (rows, D) in `state.batch.extras["embeddings"]`.
+class LeJEPA(ViewMethod):
+    """Self-supervised training on views, or an auxiliary loss on views beside an objective; see `ViewMethod` for how views are made.
 
     Args:
         weight: lambda, the share of SIGReg: a number in [0, 1] or a schedule of progress.
         views: V, views of each sample from `default_views`, >= 1.
         projector: widths of its hidden layers and, last, of the embeddings.
         num_slices: random directions per step, >= 1.
-        view: in place of the default views: `view(inputs, generator=...)` gives (V, N, ...), or a list of V tensors of one shape (see
-            `coloss.data.MultiView`). `views` is then left unused.
+        view, tap, in_features: as for `ViewMethod`.
         global_views: how many of the first views define the mean of a sample; None for all.
-        tap: module path of the features (with ":input" for what goes in); None: the model's output, or beside an objective the
-            input of its classifier.
-        in_features: length of a feature vector, where the module does not declare it.
         scale: factor on both terms, a number >= 0 or a schedule: how much they count beside an objective.
         univariate: the one-dimensional test of SIGReg.
 
@@ -257,8 +245,6 @@ class LeJEPA(Method):
         (['invariance', 'sigreg'], torch.Size([64, 32]))
     """
 
-    batch_statistic = True
-
     def __init__(
         self,
         *,
@@ -273,66 +259,32 @@ class LeJEPA(Method):
         scale: Schedule = 1.0,
         univariate: Callable[[Tensor], Tensor] = epps_pulley,
     ) -> None:
-        super().__init__()
+        super().__init__(views=views, projector=projector, view=view, tap=tap, in_features=in_features)
         if not callable(weight) and not 0 <= weight <= 1:
             raise InputError(f"weight must be in [0, 1], or a schedule, got {weight}")
         if not callable(scale) and not scale >= 0:
             raise InputError(f"scale must be >= 0, or a schedule, got {scale}")
-        for name, value in (("views", views), ("num_slices", num_slices)):
-            if value < 1:
-                raise InputError(f"{name} must be >= 1, got {value}")
+        if num_slices < 1:
+            raise InputError(f"num_slices must be >= 1, got {num_slices}")
         if global_views is not None and not 1 <= global_views <= (views if view is None else global_views):
             raise InputError(f"global_views must be in [1, views = {views}], got {global_views}")
-        if not projector or min(projector) < 1:
-            raise InputError(f"projector must hold widths >= 1, at least one, got {list(projector)}")
-        self.view = view if view is not None else partial(default_views, views=views)
-        self.widths, self.global_views, self.in_features = tuple(projector), global_views, in_features
-        self.source = FeatureSource(tap)
+        self.global_views = global_views
         self.sigreg = SIGReg(num_slices, univariate=univariate)
         self.term_weights = {
             "invariance": lambda progress: (1 - value_at(weight, progress)) * value_at(scale, progress),
             "sigreg": lambda progress: value_at(weight, progress) * value_at(scale, progress),
         }
-        self._count = 0
 
-    def setup(self, state: State) -> None:
-        self.source.setup(state)
-        width = self.in_features or self.source.width(state)
-        if width is None:
+    def check_views(self, views: Tensor) -> None:
+        if len(views) < (self.global_views or 1):
             raise InputError(
-                f"{type(state.model).__name__} does not declare the width of its features: give in_features, or a tap"
+                f"view must give at least global_views = {self.global_views} views, got {len(views)}"
             )
-        like = next((p for p in state.model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self.projector = projection_head(width, self.widths).to(like)
 
-    def on_batch(self, state: State) -> None:
-        if state.objective is not None:
-            return
-        views, batch = self._views(state), state.batch
-        state.batch = replace(
-            batch,
-            inputs=views.flatten(0, 1),
-            targets=repeated(batch.targets, len(views)),
-            ids=repeated(batch.ids, len(views)),
-        )
-
-    def terms(self, state: State) -> dict[str, Tensor]:
-        if state.objective is None:
-            features = self.source.read(state)
-        else:
-            with second_look(state):
-                state.outputs = state.model(self._views(state).flatten(0, 1))
-                features = self.source.read(state)
-        if len(features) % self._count:
-            raise InputError(
-                f"the model must give one feature vector for each row, got {len(features)} for {self._count} views"
-            )
-        embeddings = self.projector(features)
-        state.batch = replace(state.batch, extras={**state.batch.extras, "embeddings": embeddings.detach()})
-        views = embeddings.unflatten(0, (self._count, -1))
+    def view_terms(self, embeddings: Float[Tensor, "views samples dim"], state: State) -> dict[str, Tensor]:
         return {
-            "invariance": invariance_loss(views, self.global_views),
-            "sigreg": self.sigreg(views, state.generator),
+            "invariance": invariance_loss(embeddings, self.global_views),
+            "sigreg": self.sigreg(embeddings, state.generator),
         }
 
     @classmethod
@@ -344,15 +296,6 @@ class LeJEPA(Method):
                 f"(there are {', '.join(UNIVARIATE)})"
             )
         return cls(univariate=UNIVARIATE[univariate], **parameters)
-
-    def _views(self, state: State) -> Tensor:
-        views = stacked_views(self.view, state.batch.inputs, state.local_generator)
-        if len(views) < (self.global_views or 1):
-            raise InputError(
-                f"view must give at least global_views = {self.global_views} views, got {len(views)}"
-            )
-        self._count = len(views)
-        return views
 
 
 SYSTEM = System(
@@ -403,7 +346,7 @@ CLAIM = Claim(
     metric="knn",
     baseline="invariance only",
     method="lejepa",
-    task=digits_task(Budget(steps=400)),
+    task=digits_encoder_task(Budget(steps=400)),
     arms=(
         Arm("invariance only", lambda setting: [LeJEPA(weight=0.0, num_slices=64)]),
         Arm("lejepa", lambda setting: [LeJEPA(weight=0.05, num_slices=64)]),

@@ -36,11 +36,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coloss.data import small_image_views
-from coloss.jepa.digits_encoder import digits_task
 from coloss.jepa.lejepa import LeJEPA
 from coloss.metrics import evaluate_encoder, extract_features
 from coloss.ops import accumulation_dtype, effective_rank, gram_singular_values
 from coloss.train.budget import Budget
+from coloss.train.encoder_task import digits_encoder_task
 from coloss.train.system import Claim, System
 from coloss.train.task import Setting
 
@@ -399,7 +399,7 @@ CLAIM = Claim(
     metric="linear",
     baseline="random choice",
     method="chosen by RankMe",
-    task=digits_task(Budget(steps=400)),
+    task=digits_encoder_task(Budget(steps=400)),
     trial=_choose,
     tried="Code: RankMe equals NumPy's SVD to six digits. Choice: it takes weight 0.15 (once 0.3) in every seed, one point above the grid's "
     "average and three below the best, 0.02. The knob itself raises the rank: from 0.02 on rank and accuracy are opposed (Spearman about "

@@ -8,6 +8,7 @@ from .given_linear import linear_layer as linear_layer
 from .mlp import MLP as MLP
 from .positions import PositionTable as PositionTable
 from .positions import sinusoidal_positions as sinusoidal_positions
+from .projector import projection_head as projection_head
 from .resnet import ResNet as ResNet
 from .taps import Taps as Taps
 from .taps import find_classifier as find_classifier

@@ -6,6 +6,8 @@ from .combine import UncertaintyWeighting as UncertaintyWeighting
 from .combine import WeightedSum as WeightedSum
 from .conflict import Conflict as Conflict
 from .conflict import ConflictMonitor as ConflictMonitor
+from .feature_source import FeatureSource as FeatureSource
+from .feature_source import second_look as second_look
 from .lightning import MethodCallback as MethodCallback
 from .loop import fit as fit
 from .method import Method as Method
@@ -27,3 +29,4 @@ from .system import Claim as Claim
 from .system import System as System
 from .task import Setting as Setting
 from .task import Task as Task
+from .view_method import ViewMethod as ViewMethod

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coloss.data import random_views, series_views, small_image_views, vector_views
+from coloss.data.views import random_views, series_views, small_image_views, vector_views
 from coloss.errors import InputError
 
 View: TypeAlias = Callable[..., Tensor | Sequence[Tensor]]

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from coloss.nn import SyncBatchNorm1d
+from coloss.nn.batch_norm import SyncBatchNorm1d
 
 
 def projection_head(in_features: int, widths: Sequence[int]) -> nn.Sequential:
