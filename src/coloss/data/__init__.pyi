@@ -13,6 +13,9 @@ from .dataset import RetrievalSplits as RetrievalSplits
 from .dataset import Splits as Splits
 from .dataset import Standardization as Standardization
 from .image_pairs import halves as halves
+from .image_text import ImageTextSplits as ImageTextSplits
+from .image_text import WordVocabulary as WordVocabulary
+from .image_text import load_image_text as load_image_text
 from .loader import Loader as Loader
 from .loader import epoch_generator as epoch_generator
 from .loading import load as load
