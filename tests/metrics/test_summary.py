@@ -18,8 +18,10 @@ from coloss.metrics import (
     macro_f1,
     negative_log_likelihood,
     retrieval_metrics,
+    tolerance,
 )
 from coloss.nn import MLP, Classifier, DualEncoder
+from coloss.ops import effective_rank
 
 
 def gaussian(*shape, seed=0):
@@ -138,6 +140,9 @@ def test_encoder_summary_is_that_of_its_features():
     assert (
         found["knn"] == knn_probe(train, train_targets, test, test_targets, k=5, labels=30, seed=2).accuracy
     )
+    assert found["tolerance"] == tolerance(test, test_targets)
+    spectrum = torch.linalg.svdvals(test.double())
+    assert found["rankme"] == pytest.approx(effective_rank(spectrum, 1e-7).item(), rel=1e-6)
     assert evaluate_encoder(encoder, splits, labels=30, seed=2, split="validation") != found
 
 
@@ -150,6 +155,7 @@ def test_encoder_summary_shows_collapse():
     assert found["feature_std"] == pytest.approx(0, abs=1e-6) and found["uniformity"] == pytest.approx(
         0, abs=1e-5
     )
+    assert found["tolerance"] == pytest.approx(1, abs=1e-5) and found["rankme"] == pytest.approx(1, abs=1e-4)
     assert found["linear_probe"] == found["knn"] == pytest.approx(1 / 3)
     assert evaluate_encoder(nn.Identity(), blob_splits())["knn"] > 0.95
 

@@ -16,6 +16,8 @@ SAMPLES = 40
 LOSSES = {
     "info_nce": lambda x, y: ops.info_nce_loss(x, y, symmetric=True, ids=torch.arange(SAMPLES) // 2),
     "supervised": lambda x, y: ops.supervised_contrastive_loss(x, torch.arange(SAMPLES) // 2),
+    "hard_info_nce": lambda x, y: ops.hard_info_nce_loss(x, y, 3, ids=torch.arange(SAMPLES) // 2),
+    "hard_supervised": lambda x, y: ops.hard_supervised_contrastive_loss(x, torch.arange(SAMPLES) // 2, 3),
     "soft": lambda x, y: ops.soft_contrastive_loss(x, y, torch.eye(SAMPLES).double()),
     "decoupled": lambda x, y: ops.decoupled_softmax_loss(x, y, torch.arange(SAMPLES).expand(2, -1)),
     "sigmoid": lambda x, y: ops.sigmoid_pair_loss(x, y, torch.tensor(0.1), torch.tensor(-3.0)),

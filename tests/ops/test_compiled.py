@@ -13,5 +13,5 @@ def test_losses_compile_whole_and_stay_what_they_are():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 8
+    assert len(found) == 10
     assert max(difference for pair in found.values() for difference in pair) < 1e-12

@@ -5,6 +5,7 @@ from .catalog import DatasetInfo as DatasetInfo
 from .catalog import data_directory as data_directory
 from .catalog import dataset_info as dataset_info
 from .catalog import locate as locate
+from .class_split import unseen_class_split as unseen_class_split
 from .corruption import Corruption as Corruption
 from .corruption import with_imbalance as with_imbalance
 from .corruption import with_label_noise as with_label_noise
@@ -15,7 +16,11 @@ from .dataset import Standardization as Standardization
 from .image_pairs import halves as halves
 from .image_text import ImageTextSplits as ImageTextSplits
 from .image_text import WordVocabulary as WordVocabulary
+from .image_text import holds_captions as holds_captions
 from .image_text import load_image_text as load_image_text
+from .interactions import InteractionSplits as InteractionSplits
+from .interactions import last_items as last_items
+from .interactions import load_interactions as load_interactions
 from .loader import Loader as Loader
 from .loader import epoch_generator as epoch_generator
 from .loading import load as load
@@ -24,6 +29,7 @@ from .samplers import ClassBalancedSampler as ClassBalancedSampler
 from .samplers import EpisodeSampler as EpisodeSampler
 from .samplers import MPerClassSampler as MPerClassSampler
 from .samplers import Sampler as Sampler
+from .samplers import SingleTaskSampler as SingleTaskSampler
 from .spectrogram import log_mel_spectrogram as log_mel_spectrogram
 from .spectrogram import mel_filters as mel_filters
 from .stacking import View as View

@@ -4,11 +4,18 @@ Names in use in `Batch.extras`; a name means the same thing to everyone:
 
 | name | holds | written by | read by |
 |---|---|---|---|
-| `embeddings` | float (rows, dimensions): what a method's loss acts on, cut from the graph | `coloss.jepa.LeJEPA` | `coloss.jepa.EffectiveRankMonitor` |
+| `views` | number of views of each sample that the rows now are, view by view | `coloss.train.ViewMethod` | `coloss.train.ViewMethod`, pretext methods |
+| `embeddings` | float (rows, dimensions): what a method's loss acts on, cut from the graph | `coloss.train.ViewMethod` | monitors: `coloss.jepa.EffectiveRankMonitor`, `coloss.contrastive.EmbeddingMonitor` |
+| `embedding_views` | number of views whose embeddings those are, view by view | `coloss.train.ViewMethod` | `coloss.contrastive.EmbeddingMonitor` |
 | `query` | integer (queries): which query each row is, equal for equal ones | retrieval data sets of `coloss.data` | `coloss.retrieval.joined_scores` |
 | `document` | integer (documents): which document each row is, equal for equal ones | retrieval data sets of `coloss.data` | `coloss.retrieval.joined_scores` |
 | `relevance` | (queries, documents): > 0 where a document answers a query; stands in for `query` and `document` | the user's loader | `coloss.retrieval.joined_scores` |
 | `ignore` | (queries, documents): > 0 for pairs to leave out | the user's loader | `coloss.retrieval.joined_scores` |
+| `identity` | integer (samples): who or what each pair shows | the user's loader | `coloss.retrieval.CrossModalGranularity` |
+| `graded` | bool (samples): whether targets are grades of similarity; one task in a batch | the user's loader | `coloss.retrieval.UnifiedEmbedding` |
+| `user` | integer (samples): whose history each row is | `coloss.data.load_interactions` | `coloss.retrieval.GateContrast` |
+| `ranked_items` | integer (samples, k): items that a recommender answered, best first | `coloss.retrieval.ExtractionAudit` | `coloss.retrieval.ListDistillation` |
+| `bag`, `bag_size` | integer (samples): the bag of each sample, and its size | `coloss.classification.bag_dataset` | `coloss.classification.AggregateSupervision` |
 """
 
 from collections.abc import Mapping

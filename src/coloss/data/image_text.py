@@ -192,6 +192,22 @@ def load_image_text(
     )
 
 
+def holds_captions(source: str | Path) -> bool:
+    """Whether `load_image_text` would look here: a folder with a list of captions, or with images and text files of the same name.
+
+    Examples:
+        >>> holds_captions("/nowhere")
+        False
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return False
+    if any((folder / name).is_file() for name in _LISTS):
+        return True
+    images = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return any(path.with_suffix(".txt").is_file() for path in images)
+
+
 def words_of(text: str) -> list[str]:
     """Words of a text in lower case: letters and digits, with an apostrophe inside.
 

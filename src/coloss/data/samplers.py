@@ -1,10 +1,10 @@
-"""Which samples make a batch: balanced over classes, a few samples of each of a few classes, few-shot episodes.
+"""Which samples make a batch: balanced over classes, a few samples of each of a few classes, few-shot episodes, one task at a time.
 
 A sampler is anything with `batches(generator)`, an iterator over int64 tensors of positions, and `__len__`, the number of batches in an
 epoch; `Loader(sampler=...)` takes it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -202,6 +202,53 @@ class EpisodeSampler:
             )
         rows = values.unflatten(0, (self.ways, self.shots + self.queries))
         return rows[:, : self.shots].flatten(0, 1), rows[:, self.shots :].flatten(0, 1)
+
+
+class SingleTaskSampler:
+    """Batches that each come from one of several sets laid end to end, all in random order: one task at a time, in proportion to its size.
+
+    Positions 0 .. lengths[0] - 1 are the first set, the next lengths[1] the second, and so on. What does not fill a batch of its set is
+    left out of an epoch.
+
+    Args:
+        lengths: samples of each set, each at least its batch size.
+        batch_sizes: of each set, or one for all; >= 1.
+
+    Raises:
+        ValueError: for values out of range, or a set smaller than its batch: it would never be seen.
+
+    Source: CoDiEmb, 2025, arXiv 2508.11442.
+
+    Examples:
+        >>> sampler = SingleTaskSampler([6, 4], batch_sizes=[3, 2])
+        >>> batches = list(sampler.batches(torch.Generator().manual_seed(0)))
+        >>> sorted((len(batch), bool((batch < 6).all())) for batch in batches)
+        [(2, False), (2, False), (3, True), (3, True)]
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_sizes: int | Sequence[int]) -> None:
+        sizes = [batch_sizes] * len(lengths) if isinstance(batch_sizes, int) else list(batch_sizes)
+        if not lengths or len(sizes) != len(lengths):
+            raise ValueError(
+                f"batch_sizes must be one for each of at least one set, got {len(sizes)} for {len(lengths)}"
+            )
+        for number, (length, size) in enumerate(zip(lengths, sizes)):
+            if not 1 <= size <= length:
+                raise ValueError(f"batch_sizes must be in [1, {length}] for set {number}, got {size}")
+        self.lengths, self.batch_sizes = tuple(lengths), tuple(sizes)
+
+    def __len__(self) -> int:
+        return sum(length // size for length, size in zip(self.lengths, self.batch_sizes))
+
+    def batches(self, generator: torch.Generator) -> Iterator[Int[Tensor, " batch"]]:
+        """Positions of each batch of one epoch."""
+        found: list[Tensor] = []
+        start = 0
+        for length, size in zip(self.lengths, self.batch_sizes):
+            order = torch.randperm(length, generator=generator) + start
+            found += order[: length - length % size].split(size)
+            start += length
+        return iter([found[i] for i in torch.randperm(len(found), generator=generator).tolist()])
 
 
 def _members(targets: Tensor) -> list[Tensor]:

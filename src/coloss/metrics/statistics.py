@@ -133,8 +133,8 @@ def paired_comparison(
     rounding = 8 * np.finfo(np.float64).eps * max(np.abs(method).max(), np.abs(baseline).max())
     differences = method - baseline
     differences[np.abs(differences) <= rounding] = 0.0
-    varies = np.ptp(differences) > rounding
-    spread = float(differences.std(ddof=1)) if varies else 0.0
+    spread = float(differences.std(ddof=1)) if np.ptp(differences) > rounding else 0.0
+    varies = spread > 0  # the squares of differences near the smallest numbers underflow
     mean = float(differences.mean())
     interval = _t_interval(differences, spread, confidence)
     return PairedResult(

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coloss.ops import full_precision
+from coloss.ops import effective_rank, full_precision, gram_singular_values
 
 from .calibration import expected_calibration_error, negative_log_likelihood
 from .classification import accuracy, balanced_accuracy, macro_f1, mean_squared_error, r2_score
-from .embedding import feature_standard_deviation, uniformity
+from .embedding import feature_standard_deviation, tolerance, uniformity
 from .inference import extract_features, predict
 from .probes import knn_probe, linear_probe
 from .retrieval import retrieval_metrics
@@ -208,7 +208,9 @@ def evaluate_encoder(
 
     Returns:
         Accuracies `linear_probe` and `knn`, and of the scored features `feature_std` (see
-        `feature_standard_deviation`; 0 is collapsed) and `uniformity` (0 is collapsed).
+        `feature_standard_deviation`; 0 is collapsed), `uniformity` (0 is collapsed), `tolerance` (how similar a class's
+        samples are; 1 is collapsed too) and `rankme` (effective rank, not centred, with RankMe's epsilon 1e-7; 1 is one
+        direction).
 
     Raises:
         ValueError: if a part is empty or has no targets, or k < 1.
@@ -225,7 +227,8 @@ def evaluate_encoder(
         if not isinstance(targets, Tensor):
             raise ValueError(f"splits.{name} must have one tensor of targets, got {type(targets).__name__}")
     if not bool(train.isfinite().all() and test.isfinite().all()):
-        return dict.fromkeys(("linear_probe", "knn", "feature_std", "uniformity"), math.nan)
+        names = ("linear_probe", "knn", "feature_std", "uniformity", "tolerance", "rankme")
+        return dict.fromkeys(names, math.nan)
     if labels is not None:
         labels = min(max(labels, len(train_targets.unique())), len(train_targets))
     parts = (train, train_targets, test, test_targets)
@@ -234,6 +237,8 @@ def evaluate_encoder(
         "knn": knn_probe(*parts, k=k, labels=labels, seed=seed).accuracy,
         "feature_std": float(feature_standard_deviation(test)),
         "uniformity": float(uniformity(test)),
+        "tolerance": float(tolerance(test, test_targets)),
+        "rankme": float(effective_rank(gram_singular_values(test), 1e-7)),
     }
 
 

@@ -4,12 +4,17 @@ from .classifier import DualEncoder as DualEncoder
 from .convnet import ConvNet as ConvNet
 from .ema import ModuleEMA as ModuleEMA
 from .frozen import Frozen as Frozen
+from .fusion import FusionClassifier as FusionClassifier
 from .given_linear import linear_layer as linear_layer
 from .mlp import MLP as MLP
 from .positions import PositionTable as PositionTable
 from .positions import sinusoidal_positions as sinusoidal_positions
 from .projector import projection_head as projection_head
 from .resnet import ResNet as ResNet
+from .sequential_recommender import NextItemOutputs as NextItemOutputs
+from .sequential_recommender import SequentialRecommender as SequentialRecommender
+from .sequential_recommender import next_item_loss as next_item_loss
+from .sequential_recommender import next_item_scores as next_item_scores
 from .taps import Taps as Taps
 from .taps import find_classifier as find_classifier
 from .token_encoder import TokenEncoder as TokenEncoder

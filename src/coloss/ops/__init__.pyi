@@ -1,8 +1,11 @@
+from .class_prototypes import prototypes as prototypes
+from .class_prototypes import prototypical_logits as prototypical_logits
 from .distributed import all_reduce_mean as all_reduce_mean
 from .distributed import gather_with_gradient as gather_with_gradient
 from .distributed import is_distributed as is_distributed
 from .distributed import rank as rank
 from .distributed import world_size as world_size
+from .distribution_matching import sdm_loss as sdm_loss
 from .divergence import binary_kl_loss as binary_kl_loss
 from .divergence import distillation_kl_loss as distillation_kl_loss
 from .divergence import entropy as entropy
@@ -17,7 +20,17 @@ from .gradients import reverse_gradient as reverse_gradient
 from .gradients import scale_gradient as scale_gradient
 from .gradients import straight_through as straight_through
 from .gradients import surrogate_gradient as surrogate_gradient
+from .hard_negatives import hard_info_nce_loss as hard_info_nce_loss
+from .hard_negatives import hard_supervised_contrastive_loss as hard_supervised_contrastive_loss
+from .hard_negatives import hardest_keys as hardest_keys
+from .hard_negatives import hardest_scores as hardest_scores
+from .label_sums import label_logsumexps as label_logsumexps
+from .label_sums import multi_similarity_loss as multi_similarity_loss
+from .label_sums import proxy_anchor_loss as proxy_anchor_loss
+from .mixing import beta_weights as beta_weights
+from .mixing import mix_pairs as mix_pairs
 from .moments import RunningMoments as RunningMoments
+from .negatives import negative_logsumexp as negative_logsumexp
 from .pair_losses import pair_margin_loss as pair_margin_loss
 from .pair_losses import pairwise_logistic_loss as pairwise_logistic_loss
 from .pair_losses import sigmoid_pair_loss as sigmoid_pair_loss
@@ -25,6 +38,7 @@ from .pair_losses import triplet_margin_loss as triplet_margin_loss
 from .precision import accumulation_dtype as accumulation_dtype
 from .precision import full_precision as full_precision
 from .precision import without_autocast as without_autocast
+from .ranking import top_items as top_items
 from .segments import segment_logsumexp as segment_logsumexp
 from .segments import segment_mean as segment_mean
 from .segments import segment_sizes as segment_sizes
@@ -39,6 +53,8 @@ from .similarity import supervised_contrastive_loss as supervised_contrastive_lo
 from .slices import epps_pulley as epps_pulley
 from .slices import random_directions as random_directions
 from .slices import sliced_statistic as sliced_statistic
+from .soft_choice import log_soft_topk as log_soft_topk
+from .soft_choice import soft_topk as soft_topk
 from .spectral import TruncatedSVD as TruncatedSVD
 from .spectral import effective_rank as effective_rank
 from .spectral import gram_singular_values as gram_singular_values
@@ -46,3 +62,4 @@ from .spectral import matricize as matricize
 from .spectral import nuclear_norm as nuclear_norm
 from .spectral import rank_at_energy as rank_at_energy
 from .spectral import truncated_svd as truncated_svd
+from .transport import sinkhorn as sinkhorn

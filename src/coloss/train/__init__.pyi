@@ -15,6 +15,7 @@ from .outcome import Fit as Fit
 from .outcome import LogPoint as LogPoint
 from .outcome import NonFiniteLossError as NonFiniteLossError
 from .outcome import Target as Target
+from .sample_table import SampleTable as SampleTable
 from .schedules import Schedule as Schedule
 from .schedules import cosine as cosine
 from .schedules import gradual as gradual

@@ -1,5 +1,6 @@
 """A task: data, a default model, a metric and training defaults under one name; and one trial's view of it."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,7 +102,10 @@ class Setting:
     def fit(
         self, model: nn.Module, objective: Objective | None = None, methods: Any = (), **options: Any
     ) -> Fit:
-        """Train with the task's defaults; anything given in `options` goes to `fit` instead of them."""
+        """Train with the task's defaults; anything given in `options` goes to `fit` instead of them.
+
+        An objective that is a module is copied first, so that what it learns stays within the run.
+        """
         defaults: dict[str, Any] = {
             "budget": self.budget,
             "batch_size": self.task.batch_size,
@@ -110,6 +114,8 @@ class Setting:
             "seed": self.seed,
         }
         objective = objective if objective is not None else self.task.objective
+        if isinstance(objective, nn.Module):
+            objective = copy.deepcopy(objective)
         return fit(model, self.splits.train, objective, methods, **(defaults | options))
 
     def _seeded(self, build: Callable[[Any], nn.Module]) -> nn.Module:

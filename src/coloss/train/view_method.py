@@ -23,7 +23,7 @@ class ViewMethod(Method):
     repeated). With an objective the batch stays, and the views take a second forward pass of their own, which leaves no trace in
     outputs, tapped features or batch-norm statistics. A second method of this kind in a run without objective takes the views that
     the first one made. The projector belongs to the method, so the model ships as it was built. Other methods find the embeddings
-    (rows, D) in `state.batch.extras["embeddings"]`, where several methods write, of the last.
+    (rows, D), view by view, in `state.batch.extras["embeddings"]` and V in `["embedding_views"]`, where several methods write, of the last.
 
     Args:
         views: V, views of each sample from `default_views`, >= 1.
@@ -122,9 +122,8 @@ class ViewMethod(Method):
                 f"the model must give one feature vector for each row, got {len(features)} for {self._count} views"
             )
         embeddings = self.projector(features)
-        state.batch = replace(
-            state.batch, extras={**state.batch.extras, "embeddings": embeddings.detach().flatten(1)}
-        )
+        left = {"embeddings": embeddings.detach().flatten(1), "embedding_views": self._count}
+        state.batch = replace(state.batch, extras={**state.batch.extras, **left})
         return self.view_terms(embeddings.unflatten(0, (self._count, -1)), state)
 
     def sample_ids(self, state: State) -> Int[Tensor, " samples"] | None:
