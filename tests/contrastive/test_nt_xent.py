@@ -12,22 +12,24 @@ from torch import Tensor, nn
 
 import coloss
 from coloss.contrastive import NTXent, nt_xent_loss
-from coloss.data import IndexedDataset
+from coloss.data import Batch, IndexedDataset, load
 from coloss.errors import InputError
+from coloss.metrics import uniformity
 from coloss.nn import MLP, Classifier
-from coloss.train import Budget
+from coloss.train import Budget, linear
 
 
-def by_formula(views: Tensor, temperature: float) -> float:
-    """Chen et al., written out row by row."""
+def by_formula(views: Tensor, temperature: float, hard: int | None = None) -> float:
+    """Chen et al., written out row by row; Wang and Liu with `hard`."""
     rows = views.flatten(0, 1).double().numpy()
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     count, samples = len(rows), views.shape[1]
     costs = []
     for i in range(count):
         scores = rows @ rows[i] / temperature
-        total = np.log(np.sum(np.exp(np.delete(scores, i))))
         positives = [j for j in range(count) if j != i and j % samples == i % samples]
+        negatives = np.sort([scores[j] for j in range(count) if j % samples != i % samples])[::-1][:hard]
+        total = np.log(np.exp(scores[positives]).sum() + np.exp(negatives).sum())
         costs.append(np.mean([total - scores[j] for j in positives]))
     return float(np.mean(costs))
 
@@ -37,6 +39,19 @@ def by_formula(views: Tensor, temperature: float) -> float:
 def test_equals_the_formula(views, temperature):
     embeddings = 3 * torch.randn(views, 9, 4, dtype=torch.float64)
     assert nt_xent_loss(embeddings, temperature).item() == pytest.approx(by_formula(embeddings, temperature))
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("hard", [1, 5, 100])
+def test_hard_form_equals_the_formula(views, hard):
+    embeddings = 3 * torch.randn(views, 9, 4, dtype=torch.float64)
+    found = nt_xent_loss(embeddings, 0.3, hard=hard).item()
+    assert found == pytest.approx(by_formula(embeddings, 0.3, hard))
+
+
+def test_hard_form_with_all_negatives_is_the_plain_loss_to_the_bit():
+    embeddings = torch.randn(2, 9, 4)
+    assert torch.equal(nt_xent_loss(embeddings, 0.1, hard=16), nt_xent_loss(embeddings, 0.1))
 
 
 def test_equals_pytorch_metric_learning():
@@ -68,6 +83,9 @@ def test_bad_input_is_named(as_users_call):
         ({"temperature": 0.0}, "temperature must be > 0 and finite, or a schedule, got 0.0"),
         ({"weight": -1.0}, "weight must be >= 0 and finite, or a schedule, got -1.0"),
         ({"views": 1}, "views must be >= 2, got 1"),
+        ({"hard_share": 0.0}, r"hard_share must be in \(0, 1\], or a schedule, got 0.0"),
+        ({"hard_share": 1.1}, r"hard_share must be in \(0, 1\], or a schedule, got 1.1"),
+        ({"hard_warmup": 1.0}, r"hard_warmup must be in \[0, 1\), got 1.0"),
     ):
         with pytest.raises(InputError, match=message):
             NTXent(**options)
@@ -75,6 +93,12 @@ def test_bad_input_is_named(as_users_call):
         nt_xent_loss(torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match=r"ids must have shape \(4,\), got \(3,\)"):
         nt_xent_loss(torch.zeros(2, 4, 2), ids=torch.arange(3))
+    with pytest.raises(ValueError, match="k must be >= 1, got 0"):
+        nt_xent_loss(torch.ones(2, 4, 2), hard=0)
+    with pytest.raises(InputError, match=r"hard_share must stay in \(0, 1\], got 0.0 at progress 0"):
+        coloss.fit(
+            new_model(), new_data(), methods=[method(hard_share=linear(0.0, 1.0))], budget=Budget(steps=1)
+        )
     with pytest.raises(InputError, match="labels=True needs one class index for each sample as targets"):
         coloss.fit(new_model(), new_data(), methods=[method(labels=True)], budget=Budget(steps=1))
 
@@ -106,18 +130,19 @@ def test_fit_a_plain_loop_and_lightning_take_the_same_steps():
     check_loops(lambda: Classifier(new_model(), 3), method, batches, F.cross_entropy)
 
 
-def test_a_killed_run_resumes_bit_identically(tmp_path: Path):
-    check_resume(new_model, method, new_data(), tmp_path)
+@pytest.mark.parametrize("options", [{}, {"hard_share": 0.3}])
+def test_a_killed_run_resumes_bit_identically(tmp_path: Path, options: dict):
+    check_resume(new_model, lambda: method(**options), new_data(), tmp_path)
 
 
-@pytest.mark.parametrize("labels", [False, True])
-def test_two_processes_take_the_steps_of_one(tmp_path: Path, labels: bool):
+@pytest.mark.parametrize("options", [{}, {"labels": True}, {"hard_share": 0.3, "hard_warmup": 0.4}])
+def test_two_processes_take_the_steps_of_one(tmp_path: Path, options: dict):
     def train(fabric: Fabric) -> dict[str, Tensor]:
         data = IndexedDataset(new_data(torch.float64).inputs, torch.arange(32) % 4)
         run = coloss.fit(
             new_model().double(),
             data,
-            methods=[method(view=fixed, labels=labels)],
+            methods=[method(view=fixed, **options)],
             budget=Budget(steps=6),
             batch_size=8,
             fabric=fabric,
@@ -166,3 +191,83 @@ def test_labels_pull_classes_together():
     same = targets[:, None] == targets
     similarity = features @ features.T
     assert similarity[same].mean() > similarity[~same].mean() + 0.2
+
+
+def test_hard_share_counts_the_negatives_and_waits_for_the_warmup():
+    used = []
+
+    class Spy(NTXent):
+        def _hard_loss(self, embeddings, temperature, ids, hard):
+            used.append(hard)
+            return super()._hard_loss(embeddings, temperature, ids, hard)
+
+    def train(**options) -> list[int]:
+        used.clear()
+        coloss.fit(
+            new_model(),
+            new_data(),
+            methods=[Spy(view=noisy, projector=(8, 4), **options)],
+            budget=Budget(steps=10),
+            batch_size=16,
+        )
+        return list(used)
+
+    assert (
+        train(hard_share=0.25) == [8] * 7
+    )  # 25 % of 2 * 15, rounded up; all negatives for the first 3 steps
+    assert train(hard_share=0.001, hard_warmup=0.0) == [1] * 10
+    falling = train(hard_share=linear(1.0, 0.0 + 1e-3))
+    assert len(falling) == 9 and falling == sorted(falling, reverse=True)
+    assert train() == []
+
+
+def test_a_sample_drawn_twice_is_not_its_own_negative():
+    class Spy(NTXent):
+        def view_terms(self, embeddings, state):
+            found = super().view_terms(embeddings, state)
+            apart = nt_xent_loss(embeddings, 0.5)
+            together = nt_xent_loss(embeddings, 0.5, ids=torch.tensor([3, 4, 3]))
+            assert found["nt_xent"] == together != apart
+            return found
+
+    one = Spy(view=noisy, projector=(8, 4))
+    batch = Batch(new_data().inputs[[0, 1, 0]], ids=torch.tensor([3, 4, 3]))
+    coloss.fit(new_model(), [batch], methods=[one], budget=Budget(steps=1))
+
+
+def digits_embeddings(**options) -> tuple[Tensor, float]:
+    """Embeddings of 256 digits under strong views, and the share of steps that used the hard loss."""
+    images = load("digits", seed=0).train.inputs[:256]
+    torch.manual_seed(0)
+    contrast = NTXent(temperature=1.0, projector=(64, 32), hard_share=0.05, **options)
+    run = coloss.fit(
+        MLP(64, (128,), 32),
+        IndexedDataset(images),
+        methods=[contrast],
+        budget=Budget(steps=62),
+        batch_size=64,
+    )
+    with torch.no_grad():
+        embeddings = contrast.projector.eval()(run.model.eval()(images))
+    return embeddings, run.history[-1].metrics["hard_steps"]
+
+
+def test_hard_negatives_alone_collapse_and_say_so():
+    with pytest.warns(UserWarning, match="embeddings collapse under the hard loss: uniformity -0.1"):
+        embeddings, used = digits_embeddings(hard_warmup=0.0, hard_safeguard=False)
+    assert uniformity(embeddings) > -0.2 and used == 1
+
+
+@pytest.mark.filterwarnings("error:embeddings collapse")
+def test_the_safeguard_keeps_hard_negatives_from_collapse():
+    embeddings, used = digits_embeddings(hard_warmup=0.0)
+    assert uniformity(embeddings) < -1 and used < 1
+
+
+def test_the_safeguard_lets_useful_hard_negatives_pass():
+    torch.manual_seed(0)
+    embeddings = torch.randn(1, 16, 8).repeat(2, 1, 1) + 0.1 * torch.randn(2, 16, 8)
+    contrast = method(hard_share=0.2)
+    assert contrast._hard_loss(embeddings, 1.0, None, 6) == nt_xent_loss(embeddings, 1.0, hard=6)
+    strangers = torch.randn(2, 16, 8)  # the two views of a sample are no more alike than any two rows
+    assert contrast._hard_loss(strangers, 1.0, None, 6) is None
