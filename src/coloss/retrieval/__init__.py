@@ -1,6 +1,12 @@
 """Retrieval: queries find documents by their scores."""
 
 from coloss.metrics import (
+    SimilarityDistribution as SimilarityDistribution,
+)
+from coloss.metrics import (
+    mean_similarity_distribution as mean_similarity_distribution,
+)
+from coloss.metrics import (
     pooled_auc as pooled_auc,
 )
 from coloss.metrics import (
@@ -9,24 +15,150 @@ from coloss.metrics import (
 from coloss.metrics import (
     threshold_at_fpr as threshold_at_fpr,
 )
+from coloss.ops import (
+    sdm_loss as sdm_loss,
+)
 
+from .basis_transform import BackwardCompatibleTraining as BackwardCompatibleTraining
+from .basis_transform import BasisTransformTraining as BasisTransformTraining
+from .checkpoint_merge import merge_checkpoints as merge_checkpoints
+from .compatibility_report import CompatibilityReport as CompatibilityReport
+from .compatibility_report import compatibility_report as compatibility_report
+from .compatibility_report import procrustes_map as procrustes_map
+from .compatible_head import BackwardCompatibleHead as BackwardCompatibleHead
+from .compatible_head import BasisTransform as BasisTransform
+from .compatible_head import CompatibleOutput as CompatibleOutput
+from .compatible_head import PrototypeHead as PrototypeHead
+from .compatible_head import UpgradedEncoder as UpgradedEncoder
+from .compatible_losses import backward_compatible_loss as backward_compatible_loss
+from .compatible_losses import backward_compatible_terms as backward_compatible_terms
+from .compatible_losses import class_prototypes as class_prototypes
+from .counted_target import NO_DEFENCE as NO_DEFENCE
+from .counted_target import CountedTarget as CountedTarget
+from .counted_target import Defence as Defence
+from .counted_target import QueryBudgetError as QueryBudgetError
+from .cross_modal_granularity import CrossModalGranularity as CrossModalGranularity
+from .cross_modal_granularity import MatchHead as MatchHead
+from .cross_modal_granularity import hard_negative_indices as hard_negative_indices
+from .cross_modal_granularity import match_loss as match_loss
+from .decoupled_softmax import DecoupledSoftmax as DecoupledSoftmax
+from .embedding_targets import EmbeddingTargets as EmbeddingTargets
+from .embedding_targets import embedding_table as embedding_table
+from .extraction_audit import ExtractionAudit as ExtractionAudit
+from .gate_contrast import GateContrast as GateContrast
+from .gate_contrast import HistoryMasking as HistoryMasking
+from .gate_contrast import gate_contrastive_loss as gate_contrastive_loss
+from .gate_contrast import mask_histories as mask_histories
+from .gate_contrast import random_history_mask as random_history_mask
+from .graded_losses import pearson_loss as pearson_loss
+from .graded_losses import preference_order_loss as preference_order_loss
+from .graded_losses import rank_kl_loss as rank_kl_loss
 from .joined_scores import JoinedScores as JoinedScores
 from .joined_scores import joined_scores as joined_scores
+from .joined_scores import positive_pairs as positive_pairs
+from .list_distillation import ListDistillation as ListDistillation
+from .list_distillation import bidirectional_repair_loss as bidirectional_repair_loss
+from .list_distillation import list_distillation_loss as list_distillation_loss
 from .mann_whitney import MannWhitneyLoss as MannWhitneyLoss
 from .mann_whitney import MannWhitneyRetrieval as MannWhitneyRetrieval
 from .mann_whitney import mann_whitney_loss as mann_whitney_loss
+from .many_positives import decoupled_score_loss as decoupled_score_loss
+from .many_positives import draw_positives as draw_positives
+from .many_positives import multi_positive_softmax_loss as multi_positive_softmax_loss
+from .many_positives import soft_topk_loss as soft_topk_loss
+from .mixture_ranker import AttentionWeightedGate as AttentionWeightedGate
+from .mixture_ranker import EmbeddedHistory as EmbeddedHistory
+from .mixture_ranker import HistoryInput as HistoryInput
+from .mixture_ranker import MixtureRanker as MixtureRanker
+from .mixture_ranker import TargetAttention as TargetAttention
+from .mixture_ranker import expert_load as expert_load
+from .mixture_ranker import small_mixture_ranker as small_mixture_ranker
+from .query_synthesis import FollowingItems as FollowingItems
+from .query_synthesis import Queries as Queries
+from .query_synthesis import autoregressive_queries as autoregressive_queries
+from .query_synthesis import few_shot_queries as few_shot_queries
+from .query_synthesis import random_queries as random_queries
 from .threshold_report import ThresholdReport as ThresholdReport
 from .threshold_report import threshold_report as threshold_report
+from .token_dual_encoder import GranularityDecoder as GranularityDecoder
+from .token_dual_encoder import TokenDualEncoder as TokenDualEncoder
+from .token_dual_encoder import Tokens as Tokens
+from .token_dual_encoder import TokenTower as TokenTower
+from .unified_embedding import UnifiedEmbedding as UnifiedEmbedding
+from .unified_embedding import multi_positive_info_nce_loss as multi_positive_info_nce_loss
 
 __all__ = [
+    "NO_DEFENCE",
+    "AttentionWeightedGate",
+    "BackwardCompatibleHead",
+    "BackwardCompatibleTraining",
+    "BasisTransform",
+    "BasisTransformTraining",
+    "CompatibilityReport",
+    "CompatibleOutput",
+    "CountedTarget",
+    "CrossModalGranularity",
+    "DecoupledSoftmax",
+    "Defence",
+    "EmbeddedHistory",
+    "EmbeddingTargets",
+    "ExtractionAudit",
+    "FollowingItems",
+    "GateContrast",
+    "GranularityDecoder",
+    "HistoryInput",
+    "HistoryMasking",
     "JoinedScores",
+    "ListDistillation",
     "MannWhitneyLoss",
     "MannWhitneyRetrieval",
+    "MatchHead",
+    "MixtureRanker",
+    "PrototypeHead",
+    "Queries",
+    "QueryBudgetError",
+    "SimilarityDistribution",
+    "TargetAttention",
     "ThresholdReport",
+    "TokenDualEncoder",
+    "TokenTower",
+    "Tokens",
+    "UnifiedEmbedding",
+    "UpgradedEncoder",
+    "autoregressive_queries",
+    "backward_compatible_loss",
+    "backward_compatible_terms",
+    "bidirectional_repair_loss",
+    "class_prototypes",
+    "compatibility_report",
+    "decoupled_score_loss",
+    "draw_positives",
+    "embedding_table",
+    "expert_load",
+    "few_shot_queries",
+    "gate_contrastive_loss",
+    "hard_negative_indices",
     "joined_scores",
+    "list_distillation_loss",
     "mann_whitney_loss",
+    "mask_histories",
+    "match_loss",
+    "mean_similarity_distribution",
+    "merge_checkpoints",
+    "multi_positive_info_nce_loss",
+    "multi_positive_softmax_loss",
+    "pearson_loss",
     "pooled_auc",
+    "positive_pairs",
+    "preference_order_loss",
+    "procrustes_map",
+    "random_history_mask",
+    "random_queries",
+    "rank_kl_loss",
     "roc_curve_pooled",
+    "sdm_loss",
+    "small_mixture_ranker",
+    "soft_topk_loss",
     "threshold_at_fpr",
     "threshold_report",
 ]

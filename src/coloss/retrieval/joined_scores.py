@@ -1,4 +1,4 @@
-"""The score matrix of a batch of retrieval, over all processes, and who answers whom in it."""
+"""The score matrix of a batch of retrieval, over all processes, and who answers whom in it, as a mask or as pairs."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,15 @@ from torch import Tensor
 
 from coloss.data.batch import Batch
 from coloss.errors import InputError
-from coloss.ops import full_precision, gather_with_gradient, rank, relevance_from_ids, without_autocast
+from coloss.ops import (
+    full_precision,
+    gather_with_gradient,
+    is_distributed,
+    rank,
+    relevance_from_ids,
+    without_autocast,
+)
+from coloss.ops.distributed import row_counts
 
 
 class JoinedScores(NamedTuple):
@@ -83,20 +91,64 @@ def joined_scores(outputs: Any, batch: Batch) -> JoinedScores:
     return JoinedScores(scores, relevance, ignore)
 
 
+def positive_pairs(batch: Batch, queries: int, documents: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Query and document number of every relevant pair of a batch's own queries, relevant in the sense of `joined_scores`.
+
+    Documents are numbered over all processes, in the order of ranks. Ids find positives on other processes too.
+
+    Args:
+        batch: for its extras.
+        queries: number of queries of this process.
+        documents: embeddings, of which only the number of rows counts.
+
+    Returns:
+        (2, pairs) int64, and the relevance of each pair where `extras["relevance"]` grades it, else None.
+
+    Raises:
+        InputError: if an extra does not fit.
+
+    Cost:
+        A bool for each query of this process and document of all.
+
+    Examples:
+        >>> batch = Batch(None, extras={"document": torch.tensor([5, 6, 5])})
+        >>> positive_pairs(batch, 3, torch.zeros(3, 2))[0].tolist()
+        [[0, 0, 1, 2, 2], [0, 2, 1, 0, 2]]
+    """
+    shape, device = (queries, len(documents)), documents.device
+    if "relevance" in batch.extras:
+        relevance = _extra(batch.extras, "relevance", shape, device)
+        start = sum(row_counts(documents)[: rank()]) if is_distributed() else 0
+        pairs = (relevance > 0).nonzero().T
+        grades = relevance[pairs[0], pairs[1]].float()
+        return torch.stack([pairs[0], pairs[1] + start]), grades
+    if shape[1] < shape[0]:
+        raise InputError(f"a batch must hold a document for each query, got {shape[1]} for {shape[0]}")
+    own = _ids(batch.extras, shape, device)
+    return _equal(own[:queries], gather_with_gradient(own)).nonzero().T.contiguous(), None
+
+
 def _relevance_by_ids(extras: dict[str, Any], shape: tuple[int, int], device: torch.device) -> Tensor:
+    table = gather_with_gradient(_ids(extras, shape, device))
+    return _equal(table[table[:, 2].bool()], table)
+
+
+def _ids(extras: dict[str, Any], shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Of each document: its id, that of the query it belongs to, and whether it belongs to one."""
     queries, documents = shape
     place = torch.arange(documents, device=device)
     different = place + (rank() << 32)  # from all others, on whatever process
-    owned = place < queries
     document_ids = _extra(extras, "document", (documents,), device, different)
     query_ids = F.pad(
         _extra(extras, "query", (queries,), device, different[:queries]), (0, documents - queries)
     )
-    table = torch.stack([document_ids, query_ids, owned], dim=1)
-    document_ids, query_ids, owned = gather_with_gradient(table).unbind(1)
-    owned = owned.bool()
-    same_document = relevance_from_ids(document_ids[owned], document_ids)
-    return same_document | relevance_from_ids(query_ids[owned], query_ids) & owned
+    return torch.stack([document_ids, query_ids, place < queries], dim=1)
+
+
+def _equal(queries: Tensor, documents: Tensor) -> Tensor:
+    """Which of two tables of ids belong together: the same document, or one that belongs to an equal query."""
+    same_document = relevance_from_ids(queries[:, 0], documents[:, 0])
+    return same_document | relevance_from_ids(queries[:, 1], documents[:, 1]) & documents[:, 2].bool()
 
 
 def _joined_mask(
