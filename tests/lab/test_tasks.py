@@ -24,6 +24,7 @@ from coloss.lab.tasks import content_hash, default_model, metric_direction
         ("reuters", "multilabel", ["binary-cross-entropy", "trp"], "average_precision"),
         ("cranfield", "retrieval", ["info-nce", "trp"], "mrr"),
         ("digits-halves", "retrieval", ["info-nce", "mw-loss"], "mrr"),
+        ("openmoji-pairs", "retrieval", ["clip", "isogclr", "mw-loss"], "mrr"),
         ("fashion-mnist", "classification", ["cross-entropy"], "accuracy"),
         ("ecg5000", "classification", ["cross-entropy", "trp"], "accuracy"),
         ("banking77", "classification", ["cross-entropy"], "accuracy"),
@@ -33,12 +34,41 @@ from coloss.lab.tasks import content_hash, default_model, metric_direction
     ],
 )
 def test_one_of_each_kind(name, kind, arms, metric, needs, tmp_path):
-    needs(name.removesuffix("-ssl"))
+    needs(name.removesuffix("-ssl").removesuffix("-pairs"))
     comparison = Comparison(name, arms, seeds=1, budget=Budget(steps=2), limit=100)
     assert comparison.task.kind == kind and comparison.task.metric == metric
     result = comparison.run(tmp_path)
     assert not result.failures and [trial.arm for trial in result.trials] == arms
     assert all(np.isfinite(trial.metrics[metric]) for trial in result.trials)
+
+
+def test_a_folder_of_images_with_captions_is_a_task(tmp_path):
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"shade {number} of red")
+    result = Comparison(str(tmp_path), ["clip"], seeds=1, budget=Budget(steps=2)).run(tmp_path / "run")
+    assert not result.failures
+    assert {"mrr", "image_to_text_recall@1", "text_to_image_recall@1"} <= set(result.trials[0].metrics)
+    with pytest.raises(InputError, match="pairs images with captions: leave target, kind, label noise"):
+        find_task(str(tmp_path), target="label")
+
+
+def test_images_of_ones_own_train_an_encoder_without_their_labels(tmp_path):
+    for number in range(24):
+        folder = tmp_path / ("dark" if number % 2 else "light")
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * number, 0, 0)).save(folder / f"{number}.png")
+    task = find_task(str(tmp_path), kind="self-supervised")
+    assert task.kind == "self-supervised" and task.objective is None
+    comparison = Comparison(
+        str(tmp_path), ["contrastive-temperature"], seeds=1, budget=Budget(steps=2), kind="self-supervised"
+    )
+    (trial,) = comparison.run(tmp_path / "run").trials
+    assert {"linear_probe", "knn", "uniformity", "tolerance", "rankme"} <= set(trial.metrics)
+    with pytest.raises(
+        InputError, match="splits must hold class labels, to judge an encoder by, got a regression"
+    ):
+        find_task("diabetes", kind="self-supervised")
 
 
 def test_every_supervised_data_set_is_a_task():

@@ -46,7 +46,10 @@ def compare(
     ] = None,
     target: Annotated[str | None, typer.Option(help="Column to predict, for tables.")] = None,
     kind: Annotated[
-        str | None, typer.Option(help="classification or regression, where the guess for your data is wrong.")
+        str | None,
+        typer.Option(
+            help="classification or regression, where the guess for your data is wrong; self-supervised to learn without labels."
+        ),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Arm to compare with. Default: the task's own objective.")
@@ -154,7 +157,7 @@ def _plan(given: dict[str, Any]) -> Any:
     from coloss.train.budget import Budget
 
     for name, choices in (
-        ("kind", ("classification", "regression")),
+        ("kind", ("classification", "regression", "self-supervised")),
         ("direction", ("higher", "lower")),
         ("noise_kind", ("symmetric", "pairwise")),
         ("imbalance_kind", ("long-tailed", "step")),

@@ -25,7 +25,7 @@ class Experiment(BaseModel):
     direction: higher           # or lower; default: known for the metric
     reach: 0.95                 # metric value; the training time until it is reached is recorded
     target: species             # column to predict, for tables
-    kind: classification        # or regression, where the guess by the target's values is wrong
+    kind: classification        # or regression, where the guess by the target's values is wrong; self-supervised to learn without labels
     model: mymodels:build       # import path of a callable (splits -> module); found from the current folder
     text_features: tfidf        # or hashing, or the import path of an encoder
     limit: 1000                 # use so many samples of each part at most
@@ -49,7 +49,7 @@ class Experiment(BaseModel):
     seeds: int = Field(5, ge=1)
     budget: str | None = None
     target: str | None = None
-    kind: Literal["classification", "regression"] | None = None
+    kind: Literal["classification", "regression", "self-supervised"] | None = None
     baseline: str | None = None
     metric: str | None = None
     direction: Literal["higher", "lower"] | None = None

@@ -8,18 +8,21 @@ from coloss.errors import InputError, UnknownNameError, suggest_names
 HALVES = "digits-halves"
 """Images cut in two: which bottom half belongs to which top half."""
 
+IMAGE_TEXT = "openmoji-pairs"
+"""Drawings and their captions: each finds the other."""
+
 SELF_SUPERVISED = "-ssl"
 """Ending of the tasks that train an encoder without labels."""
 
 
 def task_names() -> list[str]:
-    """Names that `find_task` answers to: every supervised data set, `NAME-ssl` for each classification, `digits-halves`.
+    """Names that `find_task` answers to: each supervised data set, `NAME-ssl` for classifications, `digits-halves`, `openmoji-pairs`.
 
     Examples:
-        >>> {"digits", "digits-ssl", "digits-halves", "diabetes"} <= set(task_names())
+        >>> {"digits", "digits-ssl", "digits-halves", "openmoji-pairs", "diabetes"} <= set(task_names())
         True
     """
-    return sorted([HALVES, *(name for dataset in DATASETS for name in tasks_of(dataset))])
+    return sorted([HALVES, IMAGE_TEXT, *(name for dataset in DATASETS for name in tasks_of(dataset))])
 
 
 def tasks_of(dataset: str) -> list[str]:

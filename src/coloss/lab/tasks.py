@@ -9,9 +9,20 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from coloss.data import Corruption, IndexedDataset, RetrievalSplits, Splits, halves, import_callable, load
+from coloss.data import (
+    Corruption,
+    ImageTextSplits,
+    IndexedDataset,
+    RetrievalSplits,
+    Splits,
+    halves,
+    holds_captions,
+    import_callable,
+    load,
+    load_image_text,
+)
 from coloss.errors import InputError
-from coloss.lab.known_tasks import HALVES, SELF_SUPERVISED, check_task, is_file, task_names
+from coloss.lab.known_tasks import HALVES, IMAGE_TEXT, SELF_SUPERVISED, check_task, is_file, task_names
 from coloss.metrics import (
     evaluate_classifier,
     evaluate_dual_encoder,
@@ -31,7 +42,7 @@ def find_task(
     name: str,
     *,
     target: str | None = None,
-    kind: Literal["classification", "regression"] | None = None,
+    kind: Literal["classification", "regression", "self-supervised"] | None = None,
     model: str | None = None,
     text_features: str = "tfidf",
     limit: int | None = None,
@@ -45,7 +56,8 @@ def find_task(
     Args:
         name: a name of `task_names()`, a path to CSV, parquet or npz, a folder of images by class, or `hf:...`.
         target: the column to predict, for tables.
-        kind: where the guess by the target's values is wrong, for your own data.
+        kind: where the guess by the target's values is wrong, for your own data; "self-supervised" trains an encoder without the labels of a
+            classification and judges it by probes, as the tasks `NAME-ssl` do.
         model: import path `package.module:name` of a callable `splits -> nn.Module`, in place of the default model.
         text_features: "tfidf", "hashing" or the import path of an encoder.
         limit: use so many samples of each part at most.
@@ -66,12 +78,18 @@ def find_task(
         'classification on digits, 40% of the training labels wrong'
     """
     check_task(name)
-    self_supervised = name in task_names() and name.endswith(SELF_SUPERVISED)
+    self_supervised = kind == "self-supervised" or (name in task_names() and name.endswith(SELF_SUPERVISED))
     corruption = _corruption(label_noise, noise_kind, imbalance, imbalance_kind)
     if corruption is not None and (self_supervised or name == HALVES):
         what = "a self-supervised" if self_supervised else "a retrieval"
         raise InputError(f"label noise and imbalance are for classification tasks, {name} is {what} one")
-    if name == HALVES:
+    if name == IMAGE_TEXT or (is_file(name) and holds_captions(name)):
+        if corruption is not None or target is not None or kind is not None:
+            raise InputError(
+                f"{name} pairs images with captions: leave target, kind, label noise and imbalance out"
+            )
+        task = _image_text(name, limit)
+    elif name == HALVES:
         if target is not None or kind is not None:
             raise InputError(f"{HALVES} pairs halves of images and has no target: leave target and kind out")
         task = task_from_splits(name, partial(_digits_halves, limit))
@@ -81,7 +99,9 @@ def find_task(
         if is_file(name):
             source = Path(name).expanduser()
             stamp = content_hash(source)
-        read = partial(_load, source, stamp, target, kind, text_features, limit, corruption)
+        read = partial(
+            _load, source, stamp, target, None if self_supervised else kind, text_features, limit, corruption
+        )
         task = task_from_splits(name, read, self_supervised=self_supervised)
     if is_file(name):
         task = replace(task, title=f"{task.kind} on {Path(name).name}")
@@ -138,6 +158,28 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _image_text(name: str, limit: int | None) -> Task:
+    """Two small encoders that find images and captions from one another, trained by CLIP's loss."""
+    from coloss.contrastive.image_text import evaluate_image_text, image_text_task
+
+    source: str | Path = "openmoji" if name == IMAGE_TEXT else Path(name).expanduser()
+    stamp = "" if name == IMAGE_TEXT else content_hash(Path(source))
+    return replace(
+        image_text_task(
+            Budget(steps=300), title=f"images and captions of {Path(name).name} found from one another"
+        ),
+        name=name,
+        load=partial(_load_image_text, source, stamp, limit),
+        validate=partial(evaluate_image_text, split="validation"),
+        evaluate_every=None,
+    )
+
+
+@lru_cache(maxsize=3)
+def _load_image_text(source: str | Path, stamp: str, limit: int | None, seed: int) -> ImageTextSplits:
+    return load_image_text(source, seed=seed, size=32, limit=limit)
+
+
 # A loaded set is used by every arm of a seed in turn; more than a few seeds at a time would only fill memory.
 @lru_cache(maxsize=3)
 def _load(
@@ -188,6 +230,10 @@ def task_from_splits(
     """
     splits = load_splits(0)
     if self_supervised:
+        if splits.kind != "classification":
+            raise InputError(
+                f"splits must hold class labels, to judge an encoder by, got a {splits.kind} set"
+            )
         return _self_supervised(name, load_splits, splits.train)
     if splits.kind == "retrieval":
         return _retrieval(name, load_splits, splits.train)

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "similarity": "coloss.lab.benchmarks.similarity.measure",
     "slices": "coloss.lab.benchmarks.slices.measure",
     "output-layer": "coloss.lab.benchmarks.output_layer.measure",
+    "meta-nodes": "coloss.lab.benchmarks.meta_nodes.measure",
 }
 
 

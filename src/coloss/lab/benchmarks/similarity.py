@@ -78,6 +78,15 @@ CASES = (
     Case(
         "SupCon, 2 x 4,096 x 256", "supervised", PEER, {"batch": 4096, "dim": 256}, 1, 1, faster=10, leaner=20
     ),
+    Case(
+        "Decoupled softmax, 512 queries, 100,000 labels x 64",
+        "decoupled",
+        "plain",
+        {"batch": 512, "labels": 100_000, "dim": 64},
+        1,
+        2,
+        leaner=10,
+    ),
     Case("Mann-Whitney, 8,192 x 8,192", "mann_whitney", "plain", {"batch": 8192}, 3, faster=3, leaner=50),
 )
 
@@ -116,7 +125,7 @@ def _rows(case: Case, report: Report) -> list[Row]:
     rows = [Row.of(f"{case.title}: streamed", ours[:, 0], "s")]
     if "dim" in case.sizes:
         product = [product_seconds(**_product_sizes(case)) for _ in range(case.rounds)]
-        note = "4 products are needed" if case.work == "info_nce" else "2 products are needed"
+        note = "2 products are needed" if case.work in _OF_ONE_SET else "4 products are needed"
         rows.append(Row.of("  over one matrix product", ours[:, 0] / product, "x", note=note))
     memory = Row.of("  extra memory", ours[:, 2], "MB", limit=case.megabytes)
     if missing:
@@ -143,20 +152,24 @@ def _rows(case: Case, report: Report) -> list[Row]:
 _NAMES = {"plain": "plain PyTorch", PEER: "pytorch-metric-learning"}
 
 
+# Losses of two views of one set, whose scores are those of the set with itself.
+_OF_ONE_SET = ("nt_xent", "supervised")
+
+
 def _product_sizes(case: Case) -> dict[str, int]:
-    views = 1 if case.work == "info_nce" else 2
-    return {"rows": views * case.sizes["batch"], "dim": case.sizes["dim"]}
+    rows = case.sizes["batch"] * (2 if case.work in _OF_ONE_SET else 1)
+    return {"rows": rows, "columns": case.sizes.get("labels", rows), "dim": case.sizes["dim"]}
 
 
-def product_seconds(rows: int, dim: int) -> float:
+def product_seconds(rows: int, columns: int, dim: int) -> float:
     """Seconds of the scores' matrix product alone, made in blocks that stay in cache: the machine's own limit.
 
     Examples:
-        >>> product_seconds(64, 8) > 0
+        >>> product_seconds(64, 32, 8) > 0
         True
     """
-    x, y = torch.randn(rows, dim), torch.randn(rows, dim)
-    block = torch.empty(min(512, rows) * min(1024, rows))
+    x, y = torch.randn(rows, dim), torch.randn(columns, dim)
+    block = torch.empty(min(512, rows) * min(1024, columns))
     started, _ = now()
     for left in x.split(512):
         for right in y.split(1024):
@@ -200,6 +213,36 @@ def supervised(way: str, batch: int, dim: int, calls: int) -> Callable[[], float
         True
     """
     return _labelled(way, "SupConLoss", batch, dim, (torch.arange(batch) % 10).repeat(2), calls)
+
+
+def decoupled(way: str, batch: int, labels: int, dim: int, calls: int) -> Callable[[], float]:
+    """Decoupled softmax of queries with one to forty positives among many labels, ready to run.
+
+    Examples:
+        >>> decoupled("plain", 8, 50, 4, calls=1)() > 0
+        True
+    """
+    from coloss.ops import decoupled_softmax_loss
+    from coloss.retrieval import decoupled_score_loss
+
+    generator = torch.Generator().manual_seed(2)
+    counts = torch.randint(1, min(40, labels) + 1, (batch,), generator=generator)
+    rows = torch.arange(batch).repeat_interleave(counts)
+    pairs = torch.stack([rows, torch.randint(labels, (len(rows),), generator=generator)]).unique(dim=1)
+
+    def own(queries: Tensor, keys: Tensor) -> Tensor:
+        return pairs[:, (pairs[0] < len(queries)) & (pairs[1] < len(keys))]
+
+    def plain(queries: Tensor, keys: Tensor) -> Tensor:
+        relevance = torch.zeros(len(queries), len(keys))
+        relevance[tuple(own(queries, keys))] = 1.0
+        return decoupled_score_loss(queries @ keys.T, relevance, 0.05)
+
+    def streamed(queries: Tensor, keys: Tensor) -> Tensor:
+        return decoupled_softmax_loss(queries, keys, own(queries, keys), 0.05)
+
+    loss = plain if way == "plain" else streamed
+    return _timed(loss, _embeddings(batch, dim, 0), _embeddings(labels, dim, 1), calls=calls)
 
 
 def mann_whitney(way: str, batch: int, calls: int) -> Callable[[], float]:
