@@ -31,7 +31,8 @@ from coloss.contrastive import (
 from coloss.data import IndexedDataset
 from coloss.errors import InputError
 from coloss.nn import MLP, Classifier
-from coloss.train import Budget
+from coloss.train import Budget, Setting
+from coloss.train.encoder_task import digits_encoder_task
 
 DOUBLE = torch.float64
 
@@ -432,3 +433,10 @@ def test_the_claim_runs():
     found = verify("amcl", smoke=True)
     assert {found["method"]["name"], found["baseline"]["name"]} <= found["arms"].keys()
     assert {"knn", "overlap"} <= found["arms"][found["method"]["name"]]["metrics"].keys()
+
+
+def test_the_lab_gets_the_form_that_does_not_collapse():
+    setting = Setting.of(digits_encoder_task(Budget(steps=1)), seed=0)
+    assert AdaptiveMultiHead.for_setting(setting).base == "logsumexp"
+    assert AdaptiveMultiHead.for_setting(setting, base="max").base == "max"
+    assert AdaptiveMultiHead.for_setting(setting, form="simsiam").base == "max"
