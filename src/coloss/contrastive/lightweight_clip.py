@@ -168,18 +168,19 @@ class LightweightCLIP(Method):
 
     def setup(self, state: State) -> None:
         warn_of_local_negatives(type(self).__name__, self.across_processes)
-        like = next((p for p in state.model.parameters() if p.is_floating_point()), torch.zeros(()))
         if self.token_weight or self.masked_weight:
             image_path, image_dim = _image_tokens(state.model, self.image_path)
             self.text_encoder_path, encoder = _text_encoder(state.model, self.text_path)
             state.tap("lightweight clip: image tokens", image_path)
         if self.token_weight:
             state.tap("lightweight clip: word tokens", f"{self.text_encoder_path}.transformer".lstrip("."))
-            self.image_projection = nn.Linear(image_dim, self.token_dim, bias=False).to(like)
-            self.word_projection = nn.Linear(encoder.out_features, self.token_dim, bias=False).to(like)
+            self.image_projection = state.like_model(nn.Linear(image_dim, self.token_dim, bias=False))
+            self.word_projection = state.like_model(
+                nn.Linear(encoder.out_features, self.token_dim, bias=False)
+            )
         if self.masked_weight:
             try:
-                self.masked_lm = FusedMaskedLM(encoder, image_dim, self.layers).to(like)
+                self.masked_lm = state.like_model(FusedMaskedLM(encoder, image_dim, self.layers))
             except ValueError as error:
                 raise InputError(str(error)) from error
 

@@ -158,11 +158,7 @@ class MetricMix(Method):
             except ValueError as error:
                 raise InputError(f"feature cannot be mixed: {error}") from error
         if self.loss.proxies is not None:
-            width = self.in_features or self.source.width(state)
-            if width is None:
-                raise InputError(
-                    f"{type(state.model).__name__} does not declare the width of its embeddings: give in_features"
-                )
+            width = self.source.required_width(state, self.in_features)
             like = next((p for p in state.model.parameters() if p.is_floating_point()), torch.zeros(()))
             assert self.num_classes is not None
             self.proxies = nn.Parameter(torch.randn(self.num_classes, width).to(like))

@@ -30,7 +30,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from coloss.errors import InputError
@@ -157,8 +156,7 @@ class MultimodalMixup(Method):
                 )
         classes = self.classes if self.classes is not None else _outputs(state.model)
         heads = UnimodalHeads([width for width in widths if width is not None], classes, self.hidden)
-        like = next((p for p in state.model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self.unimodal = heads.to(like)
+        self.unimodal = state.like_model(heads)
 
     def terms(self, state: State) -> dict[str, Tensor]:
         embeddings = [source.read(state) for source in self.sources]

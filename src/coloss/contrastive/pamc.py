@@ -161,13 +161,8 @@ class PamC(Method):
 
     def setup(self, state: State) -> None:
         self.source.setup(state)
-        width = self.in_features or self.source.width(state)
-        if width is None:
-            raise InputError(
-                f"{type(state.model).__name__} does not declare the width of its embeddings: give in_features, or a tap"
-            )
-        like = next((p for p in state.model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self.assignment = StudentTAssignment(self.clusters, width, self.degrees).to(like)
+        width = self.source.required_width(state, self.in_features)
+        self.assignment = state.like_model(StudentTAssignment(self.clusters, width, self.degrees))
 
     def terms(self, state: State) -> dict[str, Tensor]:
         embeddings, ids = self.source.read(state), state.batch.ids

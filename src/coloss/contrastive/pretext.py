@@ -133,13 +133,8 @@ class Pretext(Method):
 
     def setup(self, state: State) -> None:
         self.source.setup(state)
-        width = self.in_features or self.source.width(state)
-        if width is None:
-            raise InputError(
-                f"{type(state.model).__name__} does not declare the width of its features: give in_features, or a tap"
-            )
-        like = next((p for p in state.model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self.head = self.new_head(width).to(like)
+        width = self.source.required_width(state, self.in_features)
+        self.head = state.like_model(self.new_head(width))
 
     def on_batch(self, state: State) -> None:
         views = state.batch.extras.get("views", 1)

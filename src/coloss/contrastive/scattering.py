@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coloss.errors import InputError
 from coloss.nn.convolution import batch_norm, convolution
-from coloss.nn.resnet import _PostactivationBlock
+from coloss.nn.resnet import PostactivationBlock
 from coloss.ops import without_autocast
 
 Normalize = Literal["none", "log1p", "batchnorm"]
@@ -189,7 +189,7 @@ class ResidualAdapter(nn.Module):
         channels = stem
         for width, count in blocks:
             for _ in range(count):
-                layers.append(_PostactivationBlock(channels, width, 1, 2, 3))
+                layers.append(PostactivationBlock(channels, width, 1, 2, 3))
                 channels = width
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(pool), nn.Flatten())
         self.out_features = channels * pool**2

@@ -70,7 +70,7 @@ class ResNet(nn.Module):
         check_architecture(in_channels, widths, dims, kernel_size)
         if len(blocks) != len(widths) or min(blocks) < 1:
             raise ValueError(f"blocks must be {len(widths)} integers >= 1, one for each width, got {blocks}")
-        block_type = _PreactivationBlock if preactivation else _PostactivationBlock
+        block_type = _PreactivationBlock if preactivation else PostactivationBlock
         self.stem = nn.Sequential(convolution(dims, in_channels, widths[0], kernel_size))
         if not preactivation:
             self.stem.extend([batch_norm(dims, widths[0]), nn.ReLU()])
@@ -99,7 +99,26 @@ class ResNet(nn.Module):
         return global_average_pool(self.forward_features(inputs))
 
 
-class _PostactivationBlock(nn.Module):
+class PostactivationBlock(nn.Module):
+    """Two convolutions with batch norm beside a shortcut, ReLU after their sum: the block of the first residual networks.
+
+    The shortcut is a 1 x 1 convolution with batch norm where the width or the resolution changes.
+
+    Args:
+        channels: of the input.
+        width: of the output.
+        stride: of the first convolution.
+        dims: 1 for series, 2 for images.
+        kernel_size: of both convolutions.
+
+    Source: He et al. 2016, arXiv 1512.03385.
+
+    Examples:
+        >>> import torch
+        >>> PostactivationBlock(4, 8, stride=2, dims=2, kernel_size=3)(torch.zeros(2, 4, 8, 8)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
     def __init__(self, channels: int, width: int, stride: int, dims: int, kernel_size: int) -> None:
         super().__init__()
         self.branch = nn.Sequential(

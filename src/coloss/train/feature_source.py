@@ -73,6 +73,19 @@ class FeatureSource:
         declared = getattr(module, "in_features" if takes_input else "out_features", None)
         return declared if isinstance(declared, int) else None
 
+    def required_width(self, state: State, given: int | None = None) -> int:
+        """Length of a feature vector: as given, else as the module declares it.
+
+        Raises:
+            InputError: if neither says.
+        """
+        width = given or self.width(state)
+        if width is None:
+            raise InputError(
+                f"{type(state.model).__name__} does not declare the width of its features: give in_features, or a tap"
+            )
+        return width
+
     @property
     def _name(self) -> str:
         return f"features at {self._place}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from coloss.train.method import Method
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -103,6 +106,17 @@ class State:
         found = {name: total / count for name, (total, count) in self.logged.items()}
         self.logged = {}
         return found
+
+    def like_model(self, module: M) -> M:
+        """Bring a new head to the device and floating type of the model's parameters.
+
+        Examples:
+            >>> state = State(nn.Linear(2, 2).double())
+            >>> state.like_model(nn.Linear(2, 1)).weight.dtype
+            torch.float64
+        """
+        like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        return module if like is None else module.to(like)
 
     def tap(self, name: str, path: str) -> None:
         """Keep the output of the submodule at `path` (or its input: `"head:input"`) in `features[name]` at every forward.

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -86,13 +85,8 @@ class ViewMethod(Method):
 
     def setup(self, state: State) -> None:
         self.source.setup(state)
-        width = self.in_features or self.source.width(state)
-        if width is None:
-            raise InputError(
-                f"{type(state.model).__name__} does not declare the width of its features: give in_features, or a tap"
-            )
-        like = next((p for p in state.model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self.projector = self.new_projector(width).to(like)
+        width = self.source.required_width(state, self.in_features)
+        self.projector = state.like_model(self.new_projector(width))
 
     def on_batch(self, state: State) -> None:
         if state.objective is not None:
