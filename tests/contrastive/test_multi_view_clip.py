@@ -323,6 +323,13 @@ def test_the_lab_builds_it_with_the_stop_words_of_the_captions():
 
 def test_the_claim_runs():
     found = verify("clip-baselines", smoke=True)
-    names = {"clip", "heads alone", "heads and image views", "recipe", "recipe, own heads"}
+    names = {
+        "clip",
+        "clip, whole crops",
+        "heads alone",
+        "heads and image views",
+        "recipe",
+        "recipe, own heads",
+    }
     assert set(found["arms"]) == names
     assert found["metric"] == "class_map"
