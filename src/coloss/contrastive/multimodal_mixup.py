@@ -81,7 +81,7 @@ class MultimodalMixup(Method):
         Kumar et al. 2024, arXiv 2409.17777.
 
     Examples:
-        >>> import coloss
+        >>> import coloss, torch
         >>> from coloss.nn import MLP, FusionClassifier
         >>> model = FusionClassifier([MLP(4, [8]), MLP(6, [8])], 3)
         >>> inputs = torch.randn(64, 4), torch.randn(64, 6)

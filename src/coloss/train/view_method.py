@@ -43,7 +43,7 @@ class ViewMethod(Method):
         V forward and backward passes of the encoder for each sample.
 
     Examples:
-        >>> import coloss
+        >>> import coloss, torch
         >>> from coloss.nn import MLP
         >>> class Agreement(ViewMethod):
         ...     def view_terms(self, embeddings, state):
