@@ -47,7 +47,9 @@ def test_what_others_froze_stays_frozen():
             assert reference() is None
             tensor = torch.ones(SIZE)
             assert 55 < memory.megabytes() < 80
-        assert gc.get_freeze_count() > before / 2  # some of them go by themselves, when nobody refers to them any more
+        assert (
+            gc.get_freeze_count() > before / 2
+        )  # some of them go by themselves, when nobody refers to them any more
         assert len(tensor) == SIZE
     finally:
         gc.unfreeze()

@@ -196,6 +196,7 @@ def next_item_loss(
         O(positions * items * dim) time, in memory that does not hold all scores at once; with `negatives`, those instead of the items.
 
     Examples:
+        >>> _ = torch.manual_seed(0)
         >>> model = SequentialRecommender(50, 16)
         >>> loss = next_item_loss(model(torch.tensor([[4, 8, 3]])), torch.tensor([[8, 3, 0]]))
         >>> bool((loss - math.log(50)).abs() < 0.1)  # nothing is learnt yet
