@@ -1,9 +1,5 @@
 """Facts about training on bag averages."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import check_two_processes
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import coloss
@@ -24,7 +20,6 @@ from coloss.lab.tasks import find_task
 from coloss.ops import segment_mean
 
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.9)
-SCRIPT = Path(__file__).with_name("two_process_bags.py")
 
 
 def bags_of_four(samples: int = 40) -> IndexedDataset:
@@ -252,20 +247,28 @@ def test_bad_input_is_named(as_users_call: None) -> None:
             AggregateSupervision(**arguments)
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, SCRIPT, "2", tmp_path / "two"]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
-    spec = importlib.util.spec_from_file_location("two_process_bags", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    fabric = Fabric(accelerator="cpu", devices=1)
-    alone = script.train(False, fabric) | script.train(True, fabric)
-    for found in (load_file(tmp_path / f"two.{number}") for number in (0, 1)):
-        assert found.keys() == alone.keys()
-        for name, value in alone.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+@pytest.mark.parametrize("fetched", [False, True])
+def test_two_processes_take_the_steps_of_one(fetched: bool, tmp_path: Path) -> None:
+    def train(fabric: Fabric) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        inputs, bags = torch.randn(40, 4, dtype=torch.float64), torch.arange(40) // 4
+        data = bag_dataset(inputs, torch.rand(10, 3, dtype=torch.float64).softmax(-1), bags)
+        loader = (
+            Loader(data, 8, seed=1) if fetched else Loader(data, None, sampler=BagSampler(bags, 2), seed=1)
+        )
+        coloss.fit(
+            model,
+            loader,
+            None,
+            [AggregateSupervision("ce", rho=0.3, data=data if fetched else None)],
+            budget=Budget(epochs=3),
+            optimizer=partial(torch.optim.SGD, lr=0.5, momentum=0.9),
+            fabric=fabric,
+        )
+        return dict(model.state_dict())
+
+    check_two_processes(train, tmp_path)
 
 
 def test_the_claim_runs() -> None:

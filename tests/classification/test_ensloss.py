@@ -1,7 +1,4 @@
 import copy
-import runpy
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from contract import check_two_processes, run_processes
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import coloss
 from coloss import Budget, Method, TrainingStep
-from coloss.classification import EnsLoss, EnsLossObjective, random_calibrated_derivatives
+from coloss.classification import CompSumObjective, EnsLoss, EnsLossObjective, random_calibrated_derivatives
 from coloss.classification.ensloss import CLAIM, SYSTEM
 from coloss.errors import InputError
 from coloss.lab import find_entry, verify
@@ -177,23 +175,40 @@ def test_accumulated_micro_batches_are_ranked_together() -> None:
         torch.testing.assert_close(found[1][name], value, msg=name)
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("comp_sum_process.py")
-    command = [sys.executable, str(script), "2", str(tmp_path / "two.safetensors")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as both:
-        try:
-            runpy.run_path(str(script))["main"](1, tmp_path / "one.safetensors")
-            output, _ = both.communicate(timeout=300)
-        finally:
-            both.kill()
-    assert both.returncode == 0, output
-    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        if name.startswith("attacked"):  # each process draws the start of its own attacks
-            assert bool(two[name].isfinite().all()) and not torch.equal(two[name], value)
-        else:
-            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9, msg=name)
+JOINED = {
+    "comp-sum": lambda: CompSumObjective(1.5, warmup=0.8),
+    "ensloss": lambda: EnsLossObjective(period=1),
+    "attacked": lambda: CompSumObjective(1.0, eps=0.1, steps=2),
+}
+
+
+def train_jointly(variant: str, fabric: Fabric) -> dict[str, Tensor]:
+    """Weights after two epochs in float64."""
+    torch.manual_seed(0)
+    model = Classifier(MLP(6, [5], norm=None), 4).double()
+    coloss.fit(
+        model,
+        (torch.randn(48, 6, dtype=torch.float64), torch.randint(4, (48,))),
+        methods=[JOINED[variant]()],
+        batch_size=16,
+        budget=Budget(epochs=2),
+        optimizer=SGD,
+        fabric=fabric,
+    )
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("variant", ["comp-sum", "ensloss"])
+def test_two_processes_take_the_steps_of_one(variant: str, tmp_path: Path) -> None:
+    check_two_processes(partial(train_jointly, variant), tmp_path)
+
+
+def test_on_two_processes_each_draws_the_start_of_its_own_attacks(tmp_path: Path) -> None:
+    train = partial(train_jointly, "attacked")
+    alone, both = run_processes(train, tmp_path, 1)[0], run_processes(train, tmp_path)
+    for name, value in alone.items():
+        assert torch.equal(both[0][name], both[1][name]), name
+        assert bool(both[0][name].isfinite().all()) and not torch.equal(both[0][name], value), name
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
 import copy
-import runpy
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from contract import check_two_processes
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import coloss
@@ -223,18 +221,22 @@ def test_in_lightning_the_layer_is_called_by_hand() -> None:
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("factored_output_process.py")
-    command = [sys.executable, str(script), "2", str(tmp_path / "two.safetensors")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as both:
-        try:
-            runpy.run_path(str(script))["main"](1, tmp_path / "one.safetensors")
-            output, _ = both.communicate(timeout=300)
-        finally:
-            both.kill()
-    assert both.returncode == 0, output
-    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9, msg=name)
+    def train(fabric: Fabric) -> dict[str, Tensor]:
+        """Weights after four epochs in float64."""
+        torch.manual_seed(0)
+        model = Classifier(MLP(6, [5], norm=None), 20).double()
+        run = coloss.fit(
+            model,
+            (torch.randn(48, 6, dtype=torch.float64), torch.randint(20, (48,))),
+            methods=[FactoredOutput(0.5, stabilize_every=3, weight_decay=0.01)],
+            batch_size=16,
+            budget=Budget(epochs=4),
+            optimizer=SGD,
+            fabric=fabric,
+        )
+        return dict(run.model.state_dict())
+
+    check_two_processes(train, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
 import copy
-import runpy
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from contract import check_two_processes
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import coloss
@@ -210,20 +208,27 @@ def test_fit_and_a_plain_loop_and_lightning_take_the_same_steps() -> None:
     assert same(weights(fitted), weights(lit))
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("weak_supervision_process.py")
-    command = [sys.executable, str(script), "2", str(tmp_path / "two.safetensors")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-        try:
-            runpy.run_path(str(script))["main"](1, tmp_path / "one.safetensors")
-            output, _ = running.communicate(timeout=300)
-        finally:
-            running.kill()
-    assert running.returncode == 0, output
-    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9, msg=name)
+@pytest.mark.parametrize(("classes", "options"), [(2, {"warmup": 0.0, "alpha": 1.0}), (4, {"alpha": 0.5})])
+def test_two_processes_take_the_steps_of_one(classes: int, options: dict[str, float], tmp_path: Path) -> None:
+    def train(fabric: Fabric) -> dict[str, Tensor]:
+        """Weights after four epochs in float64."""
+        torch.manual_seed(0)
+        model = MLP(6, (8,), classes, norm=None).double()
+        coloss.fit(
+            model,
+            (
+                torch.randn(40, 6, dtype=torch.float64),
+                torch.randn(40, classes, dtype=torch.float64).softmax(1),
+            ),
+            methods=[WeakSupervision(**options)],
+            batch_size=8,
+            budget=Budget(epochs=4),
+            optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+            fabric=fabric,
+        )
+        return dict(model.state_dict())
+
+    check_two_processes(train, tmp_path)
 
 
 def test_bad_input_is_named(as_users_call: None) -> None:

@@ -1,7 +1,4 @@
 import copy
-import runpy
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from contract import check_two_processes
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -171,22 +169,46 @@ def test_it_composes_with_other_methods() -> None:
     assert int(method.aligned_steps) == 6
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("two_process_fit.py")
-    command = [sys.executable, str(script), "2", str(tmp_path / "two.safetensors")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as both:
-        try:
-            runpy.run_path(str(script))["main"](1, tmp_path / "one.safetensors")
-            output, _ = both.communicate(timeout=300)
-        finally:
-            both.kill()
-    assert both.returncode == 0, output
-    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    assert one["linear, aligned/conflicting_steps"] > 0
-    assert one["nonlinear, aligned/conflicting_steps"] > 0
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9, msg=name)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"head": "linear"}, id="linear, aligned"),
+        pytest.param({"hidden": 12, "dropout": 0.0}, id="nonlinear, aligned"),
+        pytest.param(
+            {
+                "hidden": 12,
+                "dropout": 0.0,
+                "align_gradients": False,
+                "weight": lambda progress: 1.0 if progress < 0.5 else 0.0,
+            },
+            id="nonlinear, plain backward, switched off half-way",
+        ),
+    ],
+)
+def test_two_processes_take_the_steps_of_one(options: dict[str, Any], tmp_path: Path) -> None:
+    def train(fabric: Fabric) -> dict[str, Tensor]:
+        """Weights of student and head after four epochs in float64, and how many steps projected a gradient."""
+        torch.manual_seed(0)
+        student, teacher = new_student().double(), new_teacher().double()
+        inputs, targets = torch.randn(48, 6, dtype=torch.float64), torch.randint(4, (48,))
+        method = DualHeadDistillation(teacher, **options)
+        coloss.fit(
+            student,
+            (inputs, targets),
+            F.cross_entropy,
+            [method],
+            batch_size=16,
+            budget=Budget(epochs=4),
+            optimizer=SGD,
+            fabric=fabric,
+        )
+        if "align_gradients" not in options:
+            assert method.conflicting_steps > 0
+        found = {f"student.{name}": value for name, value in student.state_dict().items()}
+        found |= {f"head.{name}": value for name, value in method.head.state_dict().items()}
+        return found | {"conflicting_steps": method.conflicting_steps}
+
+    check_two_processes(train, tmp_path)
 
 
 # In the lab

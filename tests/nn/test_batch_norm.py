@@ -1,11 +1,10 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from contract import run_processes
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from coloss.nn import SyncBatchNorm1d
@@ -48,16 +47,47 @@ def given() -> dict[str, Tensor]:
     return tensors
 
 
+def normalise(given: dict[str, Tensor], fabric: Fabric) -> dict[str, Tensor]:
+    """Outputs, gradients and running statistics of one of two processes."""
+    rank, results = fabric.global_rank, {}
+    for case in CASES:
+        norm = SyncBatchNorm1d(3, momentum=None if case == "rows" else 0.3).double()
+        with torch.no_grad():
+            norm.weight.copy_(given["weight"])
+            norm.bias.copy_(given["bias"])
+        start, stop = given[f"{case}.bounds"].tolist()[rank : rank + 2]
+        inputs = given[case][start:stop]
+        if case == "half":
+            norm, inputs = norm.float(), inputs.bfloat16()
+        inputs = inputs.clone().requires_grad_()
+        for _ in range(2):
+            outputs = norm(inputs)
+        # The factor 2 undoes the average over processes below: the loss is a sum over all rows.
+        loss = 2 * (outputs * given[f"{case}.direction"][start:stop].to(outputs)).sum()
+        loss.backward()
+        for parameter in norm.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 2
+        results |= {
+            f"{case}.outputs": outputs.detach(),
+            f"{case}.input_gradient": inputs.grad / 2,
+            f"{case}.weight_gradient": norm.weight.grad,
+            f"{case}.bias_gradient": norm.bias.grad,
+            f"{case}.running_mean": norm.running_mean,
+            f"{case}.running_var": norm.running_var,
+            f"{case}.evaluated": norm.eval()(inputs.detach()),
+        }
+    try:
+        SyncBatchNorm1d(3)(torch.ones(1 - rank, 3))
+        refused = 0
+    except ValueError:
+        refused = 1
+    return results | {"single_value_refused": torch.tensor(refused)}
+
+
 @pytest.fixture(scope="module")
 def two_processes(given, tmp_path_factory) -> list[dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("sync_batch_norm")
-    save_file(given, folder / "given.safetensors")
-    script = Path(__file__).with_name("sync_batch_norm_process.py")
-    command = [sys.executable, str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    return [load_file(folder / f"result{rank}.safetensors") for rank in range(2)]
+    return run_processes(partial(normalise, given), tmp_path_factory.mktemp("sync_batch_norm"))
 
 
 @pytest.mark.parametrize("case", ["rows", "series", "ragged"])

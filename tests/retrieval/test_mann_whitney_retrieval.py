@@ -1,17 +1,12 @@
 """The method in a training run: alone, beside others, on several processes, stopped and gone on with; and its claim."""
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from contract import run_processes
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import coloss
@@ -20,14 +15,9 @@ from coloss.errors import InputError
 from coloss.lab import verify
 from coloss.metrics import evaluate_dual_encoder
 from coloss.nn import MLP, DualEncoder
-from coloss.ops import info_nce_loss
+from coloss.ops import info_nce_loss, world_size
 from coloss.retrieval import MannWhitneyRetrieval, mann_whitney_loss
 from coloss.train import Budget, Method, TrainingStep
-
-SCRIPT = Path(__file__).with_name("mann_whitney_process.py")
-spec = importlib.util.spec_from_file_location("mann_whitney_process", SCRIPT)
-processes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(processes)
 
 
 def new_model():
@@ -213,21 +203,72 @@ def test_a_model_without_a_pair_of_embeddings_is_refused():
         step(torch.randn(4, 6))
 
 
+class Masks(Method):
+    """Threes of samples are relevant to each other, or unknown, where they meet on one process."""
+
+    def on_batch(self, state):
+        place = torch.arange(len(state.batch))
+        met = (place[:, None] - place) % 2 == 0 if world_size() == 1 else torch.tensor(True)
+        group = state.batch.ids // 3
+        alike = (group[:, None] == group) & met & ~torch.eye(len(group), dtype=torch.bool)
+        even = group[:, None] % 2 == 0
+        state.batch.extras["relevance"] = torch.eye(len(group)) + (alike & even)
+        state.batch.extras["ignore"] = alike & ~even
+
+
+def first_value(outputs, targets):
+    return outputs[0][:, 0].mean()
+
+
+CASES = {
+    "pairs": lambda: [MannWhitneyRetrieval(temperature=0.2)],
+    "ids": lambda: [MannWhitneyRetrieval(temperature=0.2)],
+    "queries": lambda: [MannWhitneyRetrieval(temperature=0.2, scope="query")],
+    "beside": lambda: [MannWhitneyRetrieval(temperature=0.2, replace_objective=False, weight=0.5)],
+    "masks": lambda: [Masks(), MannWhitneyRetrieval(temperature=0.2)],
+    "drawn": lambda: [MannWhitneyRetrieval(temperature=0.2, num_negatives=7)],
+}
+
+
+def train_case(case, fabric):
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = torch.randn(2, 50, 5, generator=generator, dtype=torch.float64)
+    number = torch.arange(50)
+    extras = {"document": number % 12, "query": number % 30} if case in ("ids", "queries") else {}
+    torch.manual_seed(1)
+    model = DualEncoder(*(MLP(5, (8,), 4, norm=None) for _ in range(2))).double()
+    run = coloss.fit(
+        model,
+        IndexedDataset((queries, documents), extras=extras),
+        first_value if case == "beside" else None,
+        CASES[case](),
+        budget=Budget(epochs=1),
+        batch_size=16,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        log_every=1,
+        fabric=fabric,
+    )
+    losses = torch.tensor([point.terms["mann_whitney"] for point in run.history], dtype=torch.float64)
+    return {**run.model.state_dict(), "losses": losses}
+
+
+def train_all(fabric):
+    return {f"{case}/{name}": value for case in CASES for name, value in train_case(case, fabric).items()}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Weights and losses of every case, on one process and on two."""
+    """Weights and losses of every case, on one process and on each of two."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, str(SCRIPT), "2", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    processes.main(1, folder)
-    return {path.stem: load_file(path) for path in folder.iterdir()}
+    return [found for count in (1, 2) for found in run_processes(train_all, folder, count)]
 
 
-@pytest.mark.parametrize("case", processes.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_reach_the_weights_of_one_with_the_joined_batch(trained, case):
-    alone, first, second = (trained[f"{case}-{name}"] for name in ("1-0", "2-0", "2-1"))
+    alone, first, second = (
+        {name: value for name, value in found.items() if name.startswith(case)} for found in trained
+    )
+    assert len(first) > 4
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=0, atol=0)
         if case != "drawn":  # the draws of one process are others: its pairs come in another order
@@ -235,8 +276,8 @@ def test_two_processes_reach_the_weights_of_one_with_the_joined_batch(trained, c
 
 
 def test_the_cases_on_several_processes_differ_from_each_other(trained):
-    found = [trained[f"{case}-1-0"]["losses"] for case in processes.CASES]
-    assert len({tuple(losses.tolist()) for losses in found}) == len(found)
+    found = {tuple(trained[0][f"{case}/losses"].tolist()) for case in CASES}
+    assert len(found) == len(CASES)
 
 
 def test_the_claim_runs():

@@ -206,7 +206,12 @@ def check_two_processes(
 
 
 def run_processes(
-    work: Callable[[Fabric], dict[str, Tensor]], folder: Path, processes: int = 2, timeout: float = 120
+    work: Callable[[Fabric], dict[str, Tensor]],
+    folder: Path,
+    processes: int = 2,
+    timeout: float = 120,
+    *,
+    strategy: Any = "ddp",
 ) -> list[dict[str, Tensor]]:
     """Results of `work` on each of several forked CPU processes joined by gloo (one runs here).
 
@@ -222,7 +227,7 @@ def run_processes(
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("fork")
     running = [
-        context.Process(target=_process, args=(work, folder, rank, processes, port), daemon=True)
+        context.Process(target=_process, args=(work, folder, rank, processes, port, strategy), daemon=True)
         for rank in range(processes)
     ]
     for process in running:
@@ -239,7 +244,9 @@ def run_processes(
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(processes)]
 
 
-def _process(work: Callable[..., Any], folder: Path, rank: int, processes: int, port: int) -> None:
+def _process(
+    work: Callable[..., Any], folder: Path, rank: int, processes: int, port: int, strategy: Any
+) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -250,7 +257,7 @@ def _process(work: Callable[..., Any], folder: Path, rank: int, processes: int, 
     torch.set_num_threads(1)
     try:
         torch.manual_seed(0)
-        fabric = Fabric(accelerator="cpu", devices=processes, strategy="ddp")
+        fabric = Fabric(accelerator="cpu", devices=processes, strategy=strategy)
         fabric.launch()
         found = {name: value.detach().clone().contiguous() for name, value in work(fabric).items()}
         save_file(found, folder / f"rank-{rank}.safetensors")

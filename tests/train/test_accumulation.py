@@ -1,21 +1,20 @@
 """One optimizer step from several micro-batches is the step of one large batch, or it is refused."""
 
-import runpy
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from contract import run_processes
 from example_methods import ExtraHead, Shrink
-from safetensors.torch import load_file
+from lightning_fabric.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 from torchjd.aggregation import Mean, UPGrad
 
 from coloss.data import Batch
 from coloss.errors import InputError
+from coloss.ops import gather_with_gradient
 from coloss.train import (
     Budget,
     ConflictMonitor,
@@ -429,22 +428,66 @@ def test_by_hand_in_a_plain_loop(exact):
         statistic.backward(statistic(*data))
 
 
-def test_two_processes_reach_the_weights_of_one(tmp_path):
+class JoinedSpread(nn.Module):
+    """A statistic of the batch of all processes."""
+
+    batch_statistic = True
+
+    def forward(self, outputs, targets):
+        outputs = gather_with_gradient(outputs)
+        return (outputs - outputs.mean(0)).square().mean().log()
+
+
+def two_terms(outputs, targets):
+    return {"first": F.cross_entropy(outputs, targets), "second": (outputs[:, 0] + 1).square().mean()}
+
+
+class CountingDDP(DDPStrategy):
+    """Counts how often the reducer runs."""
+
+    def setup_module(self, module):
+        self.found = []
+        wrapper = super().setup_module(module)
+        wrapper.register_comm_hook(self.found, count_syncs)
+        return wrapper
+
+
+def count_syncs(found, bucket):
+    found.append(1)
+    return allreduce_hook(None, bucket)
+
+
+@pytest.mark.parametrize(
+    ("objective", "combine", "syncs"),
+    [
+        # One round of the reducer for each step, not for each micro-batch.
+        pytest.param(two_terms, None, 4, id="averaged"),
+        pytest.param(JoinedSpread(), None, 0, id="joined"),
+        pytest.param(two_terms, JacobianDescent(UPGrad()), 0, id="descent"),
+    ],
+)
+def test_two_processes_reach_the_weights_of_one(objective, combine, syncs, tmp_path):
     """DDP meets once in each optimizer step, averaged or joined, and with a taker of the backward pass."""
-    script = Path(__file__).with_name("accumulation_process.py")
-    command = [sys.executable, str(script), "2", str(tmp_path / "two")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pair:
-        try:
-            runpy.run_path(str(script))["main"](1, tmp_path / "one")
-            output, _ = pair.communicate(timeout=300)
-        finally:
-            pair.kill()
-    assert pair.returncode == 0, output
-    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
-    assert len({name.split("/")[0] for name in one}) == 3
-    for name in one:
-        if name.endswith("syncs"):
-            # One round of the reducer for each step, not for each micro-batch.
-            assert (int(one[name]), int(two[name])) == (0, 4 if name.startswith("averaged") else 0)
-        else:
-            assert torch.allclose(one[name], two[name], rtol=0, atol=1e-12), name
+
+    def train(fabric):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        data = torch.randn(48, 6, dtype=torch.float64), torch.randint(3, (48,))
+        fit(
+            model,
+            data,
+            objective,
+            combine=combine,
+            batch_size=8,
+            accumulate=3,
+            budget=Budget(epochs=2),
+            optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.9),
+            fabric=fabric,
+        )
+        return dict(model.state_dict()) | {"syncs": torch.tensor(len(getattr(fabric.strategy, "found", [])))}
+
+    one = run_processes(train, tmp_path, 1)[0]
+    for two in run_processes(train, tmp_path, strategy=CountingDDP()):
+        assert (int(one.pop("syncs", 0)), int(two.pop("syncs"))) == (0, syncs)
+        for name, value in one.items():
+            assert torch.allclose(value, two[name], rtol=0, atol=1e-12), name
