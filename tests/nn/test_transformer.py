@@ -92,3 +92,23 @@ def test_refuses_impossible_sizes(arguments, options, message):
 def test_refuses_a_mask_beside_causal():
     with pytest.raises(ValueError, match="allowed must be None when causal"):
         Transformer(8, 1, 2)(torch.rand(1, 3, 8), torch.ones(1, 1, 1, 3, dtype=torch.bool), causal=True)
+
+
+def test_attend_stands_in_for_the_attention():
+    block, tokens = block_and_tokens()
+    seen = []
+
+    def attend(queries, keys, values):
+        seen.append((queries, keys, values))
+        return nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+
+    found = block(
+        tokens, torch.zeros(1, 1, 5, 5, dtype=torch.bool), attend=attend
+    )  # which the mask does not touch
+    assert torch.equal(found, block(tokens, causal=True))
+    projected = block.attention.project(block.attention_norm(tokens))
+    assert all(torch.equal(one, other) for one, other in zip(seen[0], projected, strict=True))
+    assert projected[0].shape == (2, 3, 5, 4)
+    without = block(tokens, attend=lambda queries, keys, values: torch.zeros_like(queries))
+    only_bias = tokens + block.attention.output.bias
+    assert torch.allclose(without, only_bias + block.mlp(block.mlp_norm(only_bias)), atol=1e-12)

@@ -1,6 +1,7 @@
 """The method in a training run: alone, beside others, on several processes, stopped and gone on with; and its claim."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,7 +18,8 @@ from coloss.metrics import evaluate_dual_encoder
 from coloss.nn import MLP, DualEncoder
 from coloss.ops import info_nce_loss, world_size
 from coloss.retrieval import MannWhitneyRetrieval, mann_whitney_loss
-from coloss.train import Budget, Method, TrainingStep
+from coloss.retrieval.temperature_trial import TEMPERATURES, digit_halves_task, measure_tuned
+from coloss.train import Budget, Method, Setting, TrainingStep
 
 
 def new_model():
@@ -283,9 +285,26 @@ def test_the_cases_on_several_processes_differ_from_each_other(trained):
 def test_the_claim_runs():
     found = verify("mw-loss", smoke=True)
     assert found["metric"] == "pooled_auc" and len(found["arms"]) == 5
-    for arm in found["arms"].values():
+    for name, arm in found["arms"].items():
         assert {"pooled_auc", "mrr", "recall@10", "recall_at_1pct_fpr"} <= set(arm["metrics"])
         assert all(0 <= value <= 1 for value in arm["metrics"]["pooled_auc"]["values"])
+        assert ("temperature" in arm["metrics"]) == (name in ("info-nce", "mann-whitney"))
+
+
+def test_the_claim_chooses_temperatures_by_validation_pairs_alone():
+    setting = Setting.of(digit_halves_task(), 0, Budget(steps=2), smoke=True)
+    judged = []
+
+    def validate(model, splits):
+        judged.append(model)
+        return {"pooled_auc": float(len(judged) == 3) + float(len(judged) == 8)}
+
+    setting.task = replace(setting.task, validate=validate)
+    found = measure_tuned(setting)
+    assert len(judged) == 2 * len(TEMPERATURES)
+    assert found["info-nce"]["temperature"] == TEMPERATURES[2]
+    assert found["mann-whitney"]["temperature"] == TEMPERATURES[3]
+    assert found["info-nce"]["pooled_auc"] == setting.task.test(judged[2], setting.splits)["pooled_auc"]
 
 
 def test_equals_a_hand_written_loss():

@@ -1,8 +1,14 @@
 """Pre-norm transformer blocks on top of `torch.nn.functional.scaled_dot_product_attention`."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values, each (batch, heads, tokens, dim / heads), to what each query gets, of the queries' shape."""
 
 
 class SelfAttention(nn.Module):
@@ -16,7 +22,8 @@ class SelfAttention(nn.Module):
         dropout: probability of dropping an attention weight in training.
 
     Returns:
-        From `forward`: tokens of the same shape.
+        From `forward`: tokens of the same shape. `attend` stands in for the softmax over all tokens (and for `allowed`, `causal` and
+        `dropout`): sparse attention, a cache, rotary positions.
 
     Cost:
         O(batch * tokens^2 * dim) time; memory O(tokens) per head where torch has a fused kernel.
@@ -36,23 +43,38 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
 
+    def project(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> tuple[
+        Float[Tensor, "batch heads tokens head_dim"],
+        Float[Tensor, "batch heads tokens head_dim"],
+        Float[Tensor, "batch heads tokens head_dim"],
+    ]:
+        """Queries, keys and values of the tokens."""
+        projected = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1))
+        queries, keys, values = projected.permute(2, 0, 3, 1, 4)
+        return queries, keys, values
+
     def forward(
         self,
         tokens: Float[Tensor, "batch tokens dim"],
         allowed: Bool[Tensor, "#batch 1 #tokens tokens"] | None = None,
         *,
         causal: bool = False,
+        attend: Attend | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        projected = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1))
-        queries, keys, values = projected.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=allowed,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-        )
+        queries, keys, values = self.project(tokens)
+        if attend is not None:
+            mixed = attend(queries, keys, values)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=allowed,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal,
+            )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
@@ -68,7 +90,8 @@ class TransformerBlock(nn.Module):
         dropout: probability for attention weights, hidden activations and both added branches.
 
     Returns:
-        From `forward`: tokens of the same shape.
+        From `forward(tokens, allowed=None, causal=False, attend=None)`: tokens of the same shape. `attend(queries, keys, values)`, each
+        (batch, heads, tokens, dim / heads), stands in for the attention over all tokens.
 
     Examples:
         >>> import torch
@@ -94,8 +117,9 @@ class TransformerBlock(nn.Module):
         allowed: Bool[Tensor, "#batch 1 #tokens tokens"] | None = None,
         *,
         causal: bool = False,
+        attend: Attend | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        attended = self.attention(self.attention_norm(tokens), allowed, causal=causal)
+        attended = self.attention(self.attention_norm(tokens), allowed, causal=causal, attend=attend)
         tokens = tokens + self.attention_dropout(attended)
         return tokens + self.mlp(self.mlp_norm(tokens))
 

@@ -17,7 +17,8 @@ a longest text (CLIP: 77 tokens); what goes beyond is cut, whatever its detail.
 
 When it may help: captions share identities, so that plain InfoNCE would push partners apart, and hard negatives differ in details; with
 pretrained towers. When not: from random towers. SDM is mode-seeking: equal similarities are a place it does not leave (at tau = 0.02 it
-stayed at chance with learning rates of 0.001 to 0.004), so warm up with InfoNCE first. And it is not shown here that the details help.
+stayed at chance with learning rates of 0.001 to 0.004), so warm up with InfoNCE first (`warm_up`; in `coloss compare openmoji-tokens`, half
+of the run). And it is not shown here that the details help.
 
 Measured here (OpenMoji, names and tags, two small transformers warmed up by 250 steps of InfoNCE, 120 more by each arm, 5 seeds; captions
 against 297 unseen emoji, mean reciprocal rank and mSD): SDM and decoder and match 0.112 and 9.18, SDM alone 0.112 and 9.21, both at
@@ -39,11 +40,21 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from coloss.errors import InputError
-from coloss.ops import full_precision, gather_with_gradient, hardest_keys, is_distributed, rank, sdm_loss
+from coloss.ops import (
+    full_precision,
+    gather_with_gradient,
+    hardest_keys,
+    info_nce_loss,
+    is_distributed,
+    rank,
+    sdm_loss,
+)
 from coloss.ops.loss_arguments import reduced_total
 from coloss.retrieval.granularity_trial import emoji_task, measure_details
 from coloss.retrieval.token_dual_encoder import GranularityDecoder, TokenDualEncoder
-from coloss.train import Claim, Method, State, System
+from coloss.train import Claim, Method, Setting, State, System
+
+_PARTS = ("sdm_global", "sdm_granularity")
 
 
 def hard_negative_indices(
@@ -185,6 +196,8 @@ class CrossModalGranularity(Method):
         num_identities: classes of the identity classifier, whose numbers the identities then must be; None for no such term.
         temperature: tau > 0 of SDM.
         num_queries, depth, heads: of a decoder that is made.
+        warm_up: share of the run, in [0, 1), in which InfoNCE of whole embeddings (both ways, tau = 0.05) trains in place of these terms,
+            as the term `warm_up`. Towers that are not pretrained need it.
 
     Attributes:
         head, classifier: from `setup` on; None where they are left out.
@@ -228,14 +241,20 @@ class CrossModalGranularity(Method):
         num_queries: int = 16,
         depth: int = 2,
         heads: int = 4,
+        warm_up: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= warm_up < 1:
+            raise InputError(f"warm_up must be in [0, 1), got {warm_up}")
         if not 0 < temperature < math.inf:
             raise InputError(f"temperature must be > 0 and finite, got {temperature}")
         if num_identities is not None and num_identities < 1:
             raise InputError(f"num_identities must be >= 1, got {num_identities}")
         self.granularity, self.match, self.num_identities = granularity, match, num_identities
-        self.temperature, self.sizes = temperature, (num_queries, depth, heads)
+        self.temperature, self.sizes, self.warm_up = temperature, (num_queries, depth, heads), warm_up
+        if warm_up:
+            after = dict.fromkeys((*_PARTS, "match", "identity"), lambda progress: float(progress >= warm_up))
+            self.term_weights = {**after, "warm_up": lambda progress: float(progress < warm_up)}
         self.head: MatchHead | None = None
         self.classifier: nn.Linear | None = None
 
@@ -260,15 +279,23 @@ class CrossModalGranularity(Method):
         model: Any = state.model
         ids = self._identities(state, len(queries))
         parts = list(zip(model.parts(queries), model.parts(documents), strict=True))
-        names = ("sdm_global", "sdm_granularity")
         terms = {
-            name: sdm_loss(*part, ids, self.temperature) for name, part in zip(names, parts, strict=False)
+            name: sdm_loss(*part, ids, self.temperature) for name, part in zip(_PARTS, parts, strict=False)
         }
+        if self.warm_up:
+            terms["warm_up"] = info_nce_loss(queries, documents, 0.05, symmetric=True, ids=ids)
         if self.head is not None:
             terms["match"] = match_loss(self.head, *parts[-1], ids, similarity=(queries, documents))
         if self.classifier is not None:
             terms["identity"] = self._identity_loss(parts, ids)
         return terms
+
+    @classmethod
+    def for_setting(
+        cls, setting: Setting, *, warm_up: float = 0.5, **parameters: Any
+    ) -> "CrossModalGranularity":
+        """Build it for a task of the lab, whose towers begin with random weights: half of the run is for warming up, if nothing else is said."""
+        return cls(warm_up=warm_up, **parameters)
 
     def _identity_loss(self, parts: list[tuple[Tensor, Tensor]], ids: Tensor) -> Tensor:
         """Mean over both modalities and both kinds of feature."""
@@ -316,6 +343,8 @@ SYSTEM = System(
         "coloss.retrieval.mean_similarity_distribution",
         "coloss.retrieval.SimilarityDistribution",
     ),
+    method="coloss.retrieval.CrossModalGranularity",
+    kinds=("token-retrieval",),
 )
 
 CLAIM = Claim(

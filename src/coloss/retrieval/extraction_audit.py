@@ -13,6 +13,10 @@ Reconstructed: of the 2024 paper the structure is known (few real sequences, a s
 item, a bidirectional repair loss), the formulas are this library's reading. The ancestor's parts follow its code, except that items not
 listed are drawn by an exact mask.
 
+`coloss run recsys-extraction --data plays.csv` trains a recommender on a table with columns user, item and time, audits it and stores the
+table (`audit_recommender`). The same losses make a recommender smaller: `coloss compare plays.csv --kind next-item --methods recsys-extraction`
+trains a larger one first, whose lists the small one learns beside its own loss.
+
 When it helps: you decide how many answers, how long and how exact, your own recommender may give. When not: as a bound. A stronger copy,
 or more knowledge of your users, may come closer than the three strategies here; agreement says nothing on what else answers
 reveal. Compare rows of one report with each other and with its floor.
@@ -153,20 +157,33 @@ class ExtractionAudit:
             `rbo@k` with the undefended target on the held-out users, and `list_kept`, the agreement@k of what the defence shows to
             those users with the undefended list: what the defence costs. Strategies that ask nothing have one row.
         """
+        plan, rows = self.plan(), []
+        for number, step in enumerate(plan, 1):
+            rows.append(self.row(*step))
+            if progress is not None:
+                progress(number / len(plan))
+        return pd.DataFrame(rows)
+
+    def plan(self) -> list[tuple[Strategy, Defence, int]]:
+        """Strategy, defence and budget of each copy, in the order of the report."""
         plan: list[tuple[Strategy, Defence, int]] = []
         for strategy in self.strategies:
             if strategy in ("popularity", "few-shot only"):
                 plan.append((strategy, NO_DEFENCE, 0))
             else:
                 plan += [(strategy, defence, budget) for defence in self.defences for budget in self.budgets]
-        rows = []
-        for number, (strategy, defence, budget) in enumerate(plan, 1):
-            copy, queries = self.imitate(strategy, budget, defence)
-            row = {"strategy": strategy, "defence": defence.name, "budget": budget, "queries": queries}
-            rows.append(row | self.judge(copy) | {"list_kept": self.list_kept(defence)})
-            if progress is not None:
-                progress(number / len(plan))
-        return pd.DataFrame(rows)
+        return plan
+
+    def row(self, strategy: Strategy, defence: Defence, budget: int) -> dict[str, str | float]:
+        """Train and judge one copy: its row of the report."""
+        copy, queries = self.imitate(strategy, budget, defence)
+        found: dict[str, str | float] = {"strategy": strategy, "defence": defence.name}
+        return found | {
+            "budget": budget,
+            "queries": queries,
+            **self.judge(copy),
+            "list_kept": self.list_kept(defence),
+        }
 
     def imitate(
         self, strategy: Strategy, budget: int, defence: Defence = NO_DEFENCE
@@ -284,7 +301,11 @@ SYSTEM = System(
         "coloss.metrics.agreement_at_k",
         "coloss.metrics.exact_match_at_k",
         "coloss.metrics.rank_biased_overlap",
+        "coloss.retrieval.audit_recommender",
     ),
+    method="coloss.retrieval.ListDistillation",
+    kinds=("next-item",),
+    recipe="coloss.retrieval.audit_recommender",
 )
 
 

@@ -13,13 +13,14 @@ Reconstructed: the paper's abstract names the parts (attention-weighted gate, co
 the defaults and the choice of the masked vector as the anchor are this library's. Only gate and embeddings get the term's gradient,
 never the experts, and masking happens in training alone.
 
-When it may help: users come with very short histories, the gate reads them, and there is time to train to convergence with a small weight;
-that it helps even then was not seen here. When not: training is short. Measured (200 most reviewed video games, four experts, 250 steps,
-5 seeds, AUC on test impressions of which only the last item of the history is known): 0.749 with the contrast, 0.796 without, so the
-claim is contradicted at this budget, perhaps because telling users apart competes with learning to rank. On whole histories 0.768
-against 0.786. After 700 steps (three seeds, validation data) the two were level. Plain masking of histories, the honest rival, gave 0.792.
-One tower of the same size reached 0.792 on whole histories and 0.729 on the last item alone; with longer training on more items, one
-seed, that gap to the mixture shrank to 0.02.
+When it may help: users come with very short histories, and the gate reads them; that it helps was not seen here. When not: train on masked
+histories first (`HistoryMasking`), which costs nothing and did help. Measured (200 most reviewed video games, four experts, 1,000 steps,
+where the mixture alone is best on validation data, 5 seeds, AUC on test impressions of which only the last item of the history is known):
+0.774 with the contrast, 0.789 without, difference -0.014 [-0.023, -0.005], so the claim is contradicted; on whole histories 0.783 against
+0.780. The contrast fitted the training data better and new ones worse: a gate that tells users apart helps to remember them. Plain masking
+reached 0.815 and, on whole histories, 0.801. One tower of the same size had 0.739 on the last item alone and 0.788 on whole histories.
+
+Users run it with `coloss compare amazon-video-games --methods aw-moe`, or on a table of their own with columns user, item and time.
 
 The term depends on the whole batch: gradient accumulation joins micro-batches for it, and under several processes the negatives are
 those of all of them, as if the batch had been joined. The method keeps no state.
@@ -340,6 +341,8 @@ SYSTEM = System(
         "coloss.data.load_interactions",
         "coloss.metrics.grouped_auc",
     ),
+    method="coloss.retrieval.GateContrast",
+    kinds=("ranking",),
 )
 
 
@@ -351,18 +354,22 @@ CLAIM = Claim(
     metric="auc_last_1",
     baseline="mixture",
     method="mixture, gate contrast",
-    task=shown_items_task(Budget(steps=250)),
+    task=shown_items_task(Budget(steps=1000)),
     arms=(
         Arm("mixture"),
-        Arm("mixture, gate contrast", lambda setting: [GateContrast(weight=0.02, drop=0.5)]),
+        Arm("mixture, gate contrast", lambda setting: [GateContrast(weight=0.005, drop=0.5)]),
         Arm("mixture, masked histories", lambda setting: [HistoryMasking(drop=0.5)]),
         Arm("one tower", lambda setting: [_OneTower()]),
     ),
     measure=_load_of_experts,
     tried="Code: the term equals its equation worked by hand, reaches gate and embeddings alone, leaves out rows of the same user, and the "
-    "positive shares the candidate. Tuning, on validation data of seed 10: learning rates 0.02 and 0.04 for the mixture (0.04 taken for all), "
-    "weights 0.02 and 0.1 for the contrast (0.02 taken; it looked better than none on that seed, which did not carry over). Scale: after "
-    "700 steps on validation data of seeds 10 to 12 the gap is gone: 0.790 without the contrast, 0.789 with weight 0.02, 0.791 with "
-    "0.005. So the contrast slows training down and gains nothing in the end here. Histories of these customers are short in "
-    "training as well (a median of four items), which leaves little to prepare for.",
+    "positive shares the candidate; with a weight of 0 the run equals that without the method to the last digit. Length: 1,000 steps are where "
+    "the mixture alone is best on validation data of seeds 10 to 12 (AUC with the last item alone: 0.809 after 500, 0.823 after 1,000, 0.796 "
+    "after 2,000). Tuning, on validation data of seed 10, three values each: learning rates 0.005, 0.01 and 0.02 for the mixture (0.818, "
+    "0.823, 0.812; 0.01 taken for all), weights 0.005, 0.02 and 0.1 for the contrast (0.786, 0.784, 0.753; 0.005 taken). Why: on seed 10 the "
+    "contrast fits the training data better (binary cross-entropy 0.29 against 0.34) and new ones worse; after 500 steps it is behind, too "
+    "(0.775 against 0.822). A gate that tells users apart helps to remember them. Before, at 250 steps of 512 with a learning rate of 0.04, "
+    "where the mixture had not converged, the contrast had 0.749 against 0.796 (-0.048, contradicted), and after 700 such steps the arms "
+    "were level (0.789 against 0.790 on validation data of three seeds). Histories of these customers are short in training as well (a "
+    "median of four items), which leaves little to prepare for.",
 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from coloss.errors import InputError
 from coloss.nn import Frozen, next_item_scores
 from coloss.ops import full_precision, top_items
-from coloss.train import Method, Schedule, State
+from coloss.train import Method, Schedule, Setting, State
 
 RepairForm = Literal["threshold", "pairwise"]
 
@@ -224,6 +224,13 @@ class ListDistillation(Method):
         self.num_negatives, self.exclude_seen = num_negatives, exclude_seen
         self.replaces_objective = replace_objective
         self.term_weights = {"repair": repair}
+
+    @classmethod
+    def for_setting(
+        cls, setting: Setting, *, replace_objective: bool = False, **parameters: Any
+    ) -> "ListDistillation":
+        """Make one's own recommender smaller: a larger one is trained on the task's data first, and its lists are learnt beside the task's loss."""
+        return cls(setting.new_teacher(), replace_objective=replace_objective, **parameters)
 
     def setup(self, state: State) -> None:
         own = set(state.model.parameters())

@@ -68,8 +68,8 @@ def shown_items_task(budget: Budget) -> Task:
         test=lambda model, splits: click_metrics(model, splits.test),
         metric="auc_last_1",
         budget=budget,
-        batch_size=512,
-        optimizer=partial(torch.optim.AdamW, lr=0.04),
+        batch_size=256,
+        optimizer=partial(torch.optim.AdamW, lr=0.01),
         learning_rate_schedule=cosine(),
         evaluate_every=10**9,
     )

@@ -1,0 +1,185 @@
+"""Audits a recommender of one's own interactions against imitation, and stores what came out: behind `coloss run recsys-extraction`."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from coloss.data import load_interactions
+from coloss.errors import InputError
+from coloss.metrics import evaluate_recommender
+from coloss.nn import SequentialRecommender, next_item_loss
+from coloss.retrieval.counted_target import NO_DEFENCE, Defence
+from coloss.retrieval.extraction_audit import ExtractionAudit
+from coloss.train import Budget, cosine, fit
+from coloss.train.checkpoint import save_model
+
+K = 10
+"""Items that the recommender and its copies are compared on."""
+
+DEFENCES = (
+    NO_DEFENCE,
+    Defence("lists of 5", list_length=5),
+    Defence("10% noise", noise=0.1),
+    Defence("150 queries", max_queries=150),
+)
+
+
+def audit_recommender(
+    data: str = "amazon-video-games",
+    folder: str | Path = "runs/recsys-extraction",
+    *,
+    budget: Budget | None = None,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+    target: nn.Module | None = None,
+    queries: int = 600,
+    copy_steps: int = 150,
+) -> dict[str, float]:
+    """Train a recommender on interactions, or take your own, and measure how far copies made from its answers agree with it.
+
+    A tenth of the users is held out from the recommender and its copies, to measure agreement on; a twentieth of the others is what
+    somebody might know of your data. Copies know neither the recommender's weights nor its scores.
+
+    The folder gets `audit.csv`, the table of `ExtractionAudit.run`; `metrics.json`; `target.safetensors`, the recommender that was trained;
+    `run.json`, what was audited; and `checkpoints`. The same folder goes on where a stopped audit ended.
+
+    Args:
+        data: "amazon-video-games" (its 300 most reviewed games), or the path of a table with columns user, item and time.
+        folder: of the results.
+        budget: of training the recommender; default: 20 epochs, at least 300 and at most 2,000 steps.
+        seed: of users, queries and training.
+        progress: called with the share done.
+        target: your own recommender of these items (numbered 1 .. in the order of their first appearance in the table, see
+            `coloss.data.load_interactions`), a module with `recommend(histories, k)` and `scores(histories)`; None trains one.
+        queries: answers that each copy is made from, >= 1.
+        copy_steps: of training a copy, >= 1.
+
+    Returns:
+        `target_recall@10` on held-out users, and the agreement@10 of each copy with the recommender, under the name of its strategy and
+        defence: "agreement@10 few-shot, lists of 5".
+
+    Raises:
+        InputError: for data that cannot be read or hold too few users or items, a value out of range, or a folder that holds another audit.
+
+    Source:
+        arXiv 2411.11677, 2024; Yue et al. 2021, arXiv 2109.01165.
+
+    Examples:
+        >>> import tempfile
+        >>> found = audit_recommender(
+        ...     "amazon-video-games", tempfile.mkdtemp(), budget=Budget(steps=2), queries=20, copy_steps=2
+        ... )
+        >>> sorted(name for name in found if "noise" in name)
+        ['agreement@10 autoregressive, 10% noise', 'agreement@10 few-shot, 10% noise', 'agreement@10 random, 10% noise']
+    """
+    for name, value in (("queries", queries), ("copy_steps", copy_steps)):
+        if value < 1:
+            raise InputError(f"{name} must be >= 1, got {value}")
+    named = not Path(data).expanduser().is_file()
+    splits = load_interactions(
+        data if named else Path(data).expanduser(),
+        items=300 if named else None,
+        min_length=5 if named else 3,
+        max_history=8,
+    )
+    order = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))
+    held_out, others = order[: len(order) // 10], order[len(order) // 10 :]
+    known = others[: len(others) // 20]
+    owned = torch.isin(splits.train.ids, others).nonzero().flatten()
+    if not len(held_out) or not len(known) or not len(owned) or splits.num_items < 3 * K:
+        raise InputError(
+            f"{data} must hold at least 23 users of 4 interactions or more, and {3 * K} items, for an audit, "
+            f"got {len(order)} users and {splits.num_items} items"
+        )
+    folder = Path(folder)
+    options = {"queries": queries, "copy_steps": copy_steps, "own_target": target is not None}
+    steps = budget.as_dict() if budget is not None else None
+    source = data if named else str(Path(data).expanduser().resolve())
+    _claim(folder, {"data": source, "users": len(order), "seed": seed, "budget": steps, **options})
+    histories = splits.test.subset(held_out)
+    if target is None:
+        train = splits.train.subset(owned)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            untrained = SequentialRecommender(splits.num_items, 32, max_history=splits.max_history)
+        target = fit(
+            untrained,
+            train,
+            next_item_loss,
+            budget=budget or Budget(steps=min(max(20 * len(train) // 128, 300), 2000)),
+            optimizer=partial(torch.optim.AdamW, lr=5e-3),
+            learning_rate_schedule=cosine(warmup=0.05),
+            batch_size=128,
+            seed=seed,
+            checkpoint_dir=folder / "checkpoints",
+            resume=True,
+            progress=(lambda share, terms: progress(share / 3)) if progress is not None else None,
+        ).model
+        save_model(target, folder / "target.safetensors")
+    few_shot, inputs = splits.test.subset(known).inputs, histories.inputs
+    assert isinstance(few_shot, Tensor) and isinstance(inputs, Tensor)
+    audit = ExtractionAudit(
+        target,
+        few_shot,
+        inputs,
+        num_items=splits.num_items,
+        budgets=(queries,),
+        k=K,
+        defences=DEFENCES,
+        steps=copy_steps,
+        seed=seed,
+    )
+    table = _table(audit, folder / "audit.csv", progress)
+    quality = evaluate_recommender(target, histories, ks=(K,)) if hasattr(target, "scores") else {}
+    metrics = {f"target_recall@{K}": quality[f"recall@{K}"]} if quality else {}
+    for row in table.to_dict("records"):
+        defence = "" if row["defence"] == NO_DEFENCE.name else f", {row['defence']}"
+        metrics[f"agreement@{K} {row['strategy']}{defence}"] = float(row[f"agreement@{K}"])
+    _write(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return metrics
+
+
+def _table(audit: ExtractionAudit, path: Path, progress: Callable[[float], None] | None) -> pd.DataFrame:
+    """The report, of which each row is stored once it is there."""
+    plan = audit.plan()
+    rows: list[dict[Any, Any]] = []
+    if path.exists():
+        rows = pd.read_csv(path, keep_default_na=False).to_dict("records")
+    for number, step in enumerate(plan[len(rows) :], len(rows) + 1):
+        rows.append(audit.row(*step))
+        _write(path, pd.DataFrame(rows).to_csv(index=False))
+        if progress is not None:
+            progress(1 / 3 + 2 / 3 * number / len(plan))
+    return pd.DataFrame(rows)
+
+
+def _claim(folder: Path, audit: dict[str, Any]) -> None:
+    """Write down what the folder is for; refuse one that is for something else."""
+    path = folder / "run.json"
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}): choose another folder") from error
+        if stored != audit:
+            raise InputError(
+                f"{folder} holds another audit (of {stored.get('data')!r}, seed {stored.get('seed')}): choose another folder"
+            )
+        return
+    _write(path, json.dumps(audit, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
