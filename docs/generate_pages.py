@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import coloss
+from coloss.cli.catalog_commands import commands
 from coloss.lab.catalog import FAMILIES, Entry, catalog
 from coloss.report.evidence_figure import difference_svg
 
@@ -112,7 +113,7 @@ def page(entry: Entry) -> str:
         "## Use",
         "",
         "```console",
-        *commands(entry),
+        *(f"$ {line}" for line in (f"coloss show {entry.slug}", *commands(entry))),
         "```",
         "",
         "## API",
@@ -131,20 +132,6 @@ def without_tags(text: str) -> str:
             parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
         lines.append("`".join(parts))
     return "\n".join(lines)
-
-
-def commands(entry: Entry) -> list[str]:
-    lines = [f"$ coloss show {entry.slug}"]
-    tasks = {
-        "classification": "digits --methods cross-entropy,",
-        "retrieval": "digits-halves --methods info-nce,",
-        "self-supervised": "digits-ssl --methods untrained,",
-    }
-    if entry.method is not None and entry.kinds and entry.kinds[0] in tasks:
-        lines.append(f"$ coloss compare {tasks[entry.kinds[0]]}{entry.slug}")
-    if entry.recipe is not None:
-        lines.append(f"$ coloss run {entry.slug} --data digits")
-    return [*lines, f"$ coloss verify {entry.slug}"]
 
 
 def measured(entry: Entry) -> list[str]:

@@ -339,3 +339,32 @@ def test_run_trains_a_complete_system(coloss, complete_system, tmp_path):
     assert found == {"folder": "there", "metrics": {"accuracy": 0.5, "loss": None}}
     code, _, err = coloss("run", "whole", "--seed", "-1")
     assert code == 2 and "seed must be >= 0, got -1" in err
+
+
+def test_run_takes_the_example_of_the_system_where_no_data_are_named(
+    coloss, complete_system, tmp_path, monkeypatch
+):
+    def with_example(data="my-plays", folder=None, *, budget=None, seed=0, progress=None):
+        return recipe(data, folder, budget=budget, seed=seed, progress=progress)
+
+    monkeypatch.setattr("coloss.lab.catalog.import_name", lambda path: with_example)
+    assert coloss("run", "whole").code == 0
+    assert (tmp_path / "runs" / "whole-my-plays" / "asked.txt").read_text() == "my-plays None 0"
+
+
+def test_select_names_the_chosen_arm_and_its_regret(coloss):
+    arms = "lejepa:weight=0.0,lejepa:weight=0.1"
+    assert coloss("compare", "iris-ssl", "--methods", arms, "--seeds", "2", "--budget", "5steps", "--out", "a").code == 0  # fmt: skip
+    code, out, err = coloss("select", "a")
+    assert code == 0 and err == ""
+    lines = out.strip().splitlines()
+    assert lines[0].split()[:2] == ["arm", "embedding_rankme"]
+    assert (
+        sum("chosen" in line for line in lines[1:3]) == 1 and sum("best" in line for line in lines[1:3]) == 1
+    )
+    assert lines[3].startswith("each of 2 seeds choosing for itself: ")
+    found = json.loads(coloss("select", "a", "--by", "embedding_alignment", "--json").out)
+    assert found["criterion_direction"] == "lower" and found["chosen"] in arms.split(",")
+    assert found["regret"][0] >= 0
+    code, out, err = coloss("select", "a", "--by", "rnkme")
+    assert code == 2 and "no metric named 'rnkme' in a; did you mean" in err

@@ -1,5 +1,6 @@
 """What a person types after --methods, read as it is meant or refused with a reason."""
 
+import re
 from typing import Literal
 
 import pytest
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from coloss import Budget, Method, Setting
 from coloss.errors import InputError
+from coloss.lab import Comparison, find_task
 from coloss.lab import arms as reading
-from coloss.lab import find_task
 from coloss.lab.arms import check_parameters, parse_arm, read_value, split_arms
 from coloss.train import Schedule
 
@@ -44,6 +45,48 @@ def iris():
 def test_arms_as_typed(iris, text, methods):
     record = parse_arm(text, iris)
     assert record.methods == methods and record.name == text.strip()
+
+
+def test_a_method_of_ones_own_goes_by_its_import_path(iris, tmp_path, monkeypatch):
+    (tmp_path / "shrinking.py").write_text(
+        "import coloss\n"
+        "class Shrink(coloss.Method):\n"
+        "    def __init__(self, weight: float = 1.0):\n"
+        "        super().__init__()\n"
+        "        self.term_weights = {'shrink': weight}\n"
+        "    def terms(self, state):\n"
+        "        return {'shrink': state.outputs.square().mean()}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    record = parse_arm("shrinking:Shrink:weight=0.5+trp", iris)
+    assert record.methods == [
+        {"slug": "shrinking:Shrink", "parameters": {"weight": 0.5}},
+        {"slug": "trp", "parameters": {}},
+    ]
+    found = Comparison(
+        "iris", ["cross-entropy", "shrinking:Shrink:weight=1000"], seeds=1, budget=Budget(steps=30)
+    )
+    result = found.run(tmp_path / "out")
+    terms = result.trials[1].history[-1].terms
+    assert terms["shrink"] < 0.2 and set(terms) == {"cross_entropy", "shrink"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("coloss.jepa:VICRag", "module 'coloss.jepa' has no 'VICRag'; did you mean 'VICReg'"),
+        (
+            "coloss.jepa:rankme",
+            "coloss.jepa:rankme must be a class derived from coloss.Method, got <function",
+        ),
+        ("no.such:Thing", "cannot import 'no.such' of 'no.such:Thing'"),
+        ("coloss.jepa:VICReg:vews=3", "coloss.jepa:VICReg has no parameter 'vews'; did you mean 'views'"),
+        ("trp:energy", "a parameter must look like name=value, got 'energy'"),
+    ],
+)
+def test_import_paths_that_name_no_method(iris, text, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_arm(text, iris)
 
 
 def test_commas_within_values_do_not_part_arms():

@@ -6,6 +6,7 @@ import sklearn.metrics
 import torch
 from torch import nn
 
+from coloss.data import Judgements
 from coloss.metrics import (
     accuracy,
     evaluate_classifier,
@@ -102,19 +103,30 @@ def test_dual_encoder_summary_is_that_of_its_scores(normalize):
 def test_retrieval_splits_bring_queries_documents_and_relevance():
     torch.manual_seed(0)
     model = DualEncoder(MLP(4, [8], 5), MLP(3, [8], 5))
-    relevance = gaussian(6, 15, seed=3) > 0.5
+    relevance = torch.randint(-4, 4, (6, 15)).clamp(min=0)
+    ignore = torch.rand(6, 15) < 0.2
+    pairs = relevance.nonzero()
+    judged = Judgements(6, 15, pairs, relevance[pairs[:, 0], pairs[:, 1]].float(), ignore.nonzero())
     splits = SimpleNamespace(
         documents=gaussian(15, 3),
         test_queries=gaussian(6, 4, seed=1),
-        test_relevance=relevance,
+        test_judgements=judged,
         validation_queries=gaussian(4, 4, seed=2),
-        validation_relevance=relevance[:4],
+        validation_judgements=judged.of(torch.arange(4)),
     )
     for split, count in (("test", 6), ("validation", 4)):
         queries = getattr(splits, f"{split}_queries")
         scores = (model.eval().encode_query(queries) @ model.encode_document(splits.documents).T).detach()
         found = evaluate_dual_encoder(model.train(), splits, split=split, batch_size=4)
-        assert found == pytest.approx(retrieval_metrics(scores, relevance[:count]), rel=1e-5)
+        expected = retrieval_metrics(scores, relevance[:count], ignore=ignore[:count])
+        assert found == pytest.approx(expected, rel=1e-5)
+    given = evaluate_dual_encoder(model, splits, relevance=relevance > 2, ignore=torch.zeros_like(ignore))
+    scores = (
+        model.eval().encode_query(splits.test_queries) @ model.encode_document(splits.documents).T
+    ).detach()
+    assert given == pytest.approx(retrieval_metrics(scores, relevance > 2), rel=1e-5)
+    with pytest.raises(ValueError, match=r"ignore must be \(queries, documents\) \(6, 15\), got \(15, 6\)"):
+        evaluate_dual_encoder(model, splits, ignore=ignore.T)
 
 
 def test_relevance_and_ignore_of_pairs_can_be_given():

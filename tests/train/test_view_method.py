@@ -1,5 +1,6 @@
 """The base of methods on views: one forward pass over all views, in every loop, resumed and on two processes."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import coloss
 from coloss.data import IndexedDataset
 from coloss.errors import InputError
+from coloss.metrics import rankme, uniformity
 from coloss.nn import MLP, Classifier
 from coloss.ops import info_nce_loss
 from coloss.train import Budget, State, ViewMethod
@@ -120,3 +122,23 @@ def test_bad_input_is_named(as_users_call: None) -> None:
         Contrast(projector=())
     with pytest.raises(TypeError, match="ViewMethod must define view_terms"):
         coloss.fit(new_model(), new_data(), methods=[ViewMethod()], budget=Budget(steps=1))
+
+
+def test_meters_of_the_embeddings_that_the_loss_saw():
+    method = Contrast(view=noisy, projector=(8, 4))
+    inputs = torch.randn(300, 6)
+    run = coloss.fit(MLP(6, [5], 5), (inputs,), methods=[method], budget=Budget(steps=3))
+    found = method.report(run.model, IndexedDataset(inputs))
+    with torch.no_grad():
+        embedded = method.projector.eval()(run.model.eval()(inputs))
+    assert found["embedding_rankme"] == pytest.approx(float(rankme(embedded)), rel=1e-4)
+    assert found["embedding_uniformity"] == pytest.approx(float(uniformity(embedded)), rel=1e-4)
+    spread = (embedded - embedded.mean(0)).square().sum(1).mean().sqrt()
+    assert found["embedding_scale"] == pytest.approx(float(spread), rel=1e-4)
+    # Small noise: the views of a sample stay close, and samples apart.
+    assert 0 < found["embedding_alignment"] < 0.3 and 1 <= found["embedding_lidar"] <= 4
+    assert found == method.report(run.model, IndexedDataset(inputs))
+    assert method.report(run.model, [(inputs, None)]) == {}
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(math.nan)
+    assert all(math.isnan(value) for value in method.report(run.model, IndexedDataset(inputs)).values())

@@ -45,6 +45,7 @@ app.command("compare")(lab_commands.compare)
 app.command("verify")(lab_commands.verify)
 app.command("run")(lab_commands.run)
 app.command("report")(lab_commands.report)
+app.command("select")(lab_commands.select)
 app.command("bench")(lab_commands.bench)
 
 

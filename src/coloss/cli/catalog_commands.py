@@ -22,6 +22,9 @@ EXAMPLE_TASKS = {
     "multilabel": ("reuters", "binary-cross-entropy"),
     "retrieval": ("digits-halves", "info-nce"),
     "self-supervised": ("digits-ssl", "untrained"),
+    "ranking": ("amazon-video-games", "binary-cross-entropy"),
+    "next-item": ("amazon-video-games-next", "next-item"),
+    "token-retrieval": ("openmoji-tokens", "info-nce"),
 }
 """A task of each kind, and its plain arm."""
 
@@ -120,7 +123,7 @@ def commands(entry: Entry) -> list[str]:
     lines = []
     if entry.method is not None and entry.kinds:
         task, baseline = EXAMPLE_TASKS[entry.kinds[0]]
-        lines.append(f"coloss compare {task} --methods {baseline},{entry.slug}")
+        lines.append(f"coloss compare {entry.compare or f'{task} --methods {baseline},{entry.slug}'}")
     if entry.recipe is not None:
         lines.append(f"coloss run {entry.slug}")
     if entry.has_claim:

@@ -132,3 +132,37 @@ def print_evidence(console: Console, found: dict[str, Any], smoke: bool) -> None
         f"{escape(baseline['name'])} {baseline['mean']:.4g}, difference {found['difference']:+.4g}, "
         f"95% interval {low:+.4g} to {high:+.4g}, {found['seconds']:.0f} s"
     )
+
+
+def print_selection(console: Console, found: Any) -> None:
+    """The arms by the criterion that chose, beside what they are worth."""
+    from coloss.report import describe_metric
+
+    quantity = describe_metric(found.metric, list(found.metric_means.values()))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("arm", overflow="fold", style="bold", min_width=10)
+    for name in (found.criterion, quantity.name):
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    sign = -1 if found.criterion_direction == "higher" else 1
+    for arm, value in sorted(found.criterion_means.items(), key=lambda entry: sign * entry[1]):
+        notes = [note for note, which in (("chosen", found.chosen), ("best", found.best)) if arm == which]
+        number = quantity.number(found.metric_means[arm])
+        table.add_row(escape(arm), f"{value:.4g}", number, ", ".join(notes))
+    console.print(table)
+    console.print(
+        f"each of {len(found.seeds)} seeds choosing for itself: {_regret(found.regret, quantity)} short of its best run; "
+        f"an arm drawn at random {_regret(found.random_regret, quantity)}"
+    )
+    console.print(
+        f"rank correlation of {escape(found.criterion)} with {escape(quantity.name)}: {found.rank_correlation:+.2f}"
+    )
+
+
+def _regret(regret: Any, quantity: Any) -> str:
+    unit = f" {quantity.unit}" if quantity.unit else ""
+    spread = ""
+    if regret.interval is not None:
+        low, high = (quantity.number(end) for end in regret.interval)
+        spread = f" ({low} to {high})"
+    return f"{quantity.number(regret.mean)}{unit}{spread}"

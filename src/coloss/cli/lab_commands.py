@@ -1,11 +1,13 @@
 """`coloss compare`, `verify`, `run`, `report`, `bench`: the work."""
 
+import inspect
 import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -14,6 +16,7 @@ from coloss.cli.display import (
     plain_json,
     print_evidence,
     print_ranking,
+    print_selection,
     progress_bar,
     ranking_json,
     status,
@@ -32,7 +35,8 @@ def compare(
     task: Annotated[
         str,
         typer.Argument(
-            help="A task, your CSV / parquet / npz / image folder / hf:NAME, or an experiment .yaml."
+            help="A task, your CSV / parquet / npz / image folder / hf:NAME, a folder of queries, documents and judgements, "
+            "or an experiment .yaml."
         ),
     ],
     methods: Annotated[
@@ -48,7 +52,8 @@ def compare(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="classification or regression, where the guess for your data is wrong; self-supervised to learn without labels."
+            help="classification or regression, where the guess for your data is wrong; self-supervised to learn without labels; "
+            "ranking or next-item for users and items; token-retrieval for captions and images."
         ),
     ] = None,
     baseline: Annotated[
@@ -153,11 +158,11 @@ def compare(
 
 def _plan(given: dict[str, Any]) -> Any:
     """The comparison that was asked for; whatever is wrong with it is found here or in its rehearsal."""
-    from coloss.lab.known_tasks import check_task
+    from coloss.lab.known_tasks import TaskKind, check_task
     from coloss.train.budget import Budget
 
     for name, choices in (
-        ("kind", ("classification", "regression", "self-supervised")),
+        ("kind", get_args(TaskKind)),
         ("direction", ("higher", "lower")),
         ("noise_kind", ("symmetric", "pairwise")),
         ("imbalance_kind", ("long-tailed", "step")),
@@ -243,7 +248,9 @@ def _measure(slug: str, *, smoke: bool, seeds: int | None, **options: Any) -> di
 
 def run(
     slug: Annotated[str, typer.Argument(help="A complete system (coloss list).")],
-    data: Annotated[str, typer.Option(help="Data set, file or folder.")] = "digits",
+    data: Annotated[
+        str | None, typer.Option(help="Data set, file or folder. Default: the system's own example.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="60s, 2m, 300steps, 20epochs.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random, at least 0.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the trained model and its metrics.")] = None,
@@ -262,9 +269,12 @@ def run(
     if seed < 0:
         raise InputError(f"seed must be >= 0, got {seed}")
     length = Budget.parse(budget) if budget is not None else None
-    folder = out or Path("runs") / f"{slug}-{Path(data).stem}"
     with status("starting"):
         recipe: Callable[..., Any] = import_name(entry.recipe)
+    if data is None:
+        default = inspect.signature(recipe).parameters["data"].default
+        data = "digits" if default is inspect.Parameter.empty else default
+    folder = out or Path("runs") / f"{slug}-{Path(data).stem}"
     with stoppable(), progress_bar(1) as report:
         metrics = recipe(
             data, folder, budget=length, seed=seed, progress=lambda share: report(slug, seed, min(share, 1.0))
@@ -275,8 +285,9 @@ def run(
         typer.echo(json.dumps(plain_json(found), indent=1, allow_nan=False))
         return
     console = output()
+    width = max([24, *map(len, metrics)])
     for name, value in metrics.items():
-        console.print(f"{name:24} {value:.4g}", markup=False)
+        console.print(f"{name:{width}} {value:.4g}", soft_wrap=True, markup=False)
     console.print(f"model: {folder}", soft_wrap=True, markup=False)
 
 
@@ -292,6 +303,31 @@ def report(
 
         page = write_report(folder, out)
     typer.echo(f"report: {page}")
+
+
+def select(
+    folder: Annotated[Path, typer.Argument(help="Result folder of coloss compare.")],
+    by: Annotated[
+        str, typer.Option(help="Metric that chooses among the arms; one that needs no labels, for instance.")
+    ] = "embedding_rankme",
+    direction: Annotated[
+        Literal["higher", "lower"] | None,
+        typer.Option(help="Whether it is better higher or lower. Default: by its name."),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What the choice is judged by. Default: the comparison's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose among the arms by a number without labels, and say what the choice costs beside the best."""
+    with status("choosing"):
+        from coloss.lab.selection import select_arm
+
+        found = select_arm(folder, by, direction=direction, metric=metric)
+    if as_json:
+        typer.echo(json.dumps(plain_json(asdict(found)), indent=1, allow_nan=False))
+    else:
+        print_selection(output(), found)
 
 
 def bench(

@@ -13,8 +13,11 @@ Names in use in `Batch.extras`; a name means the same thing to everyone:
 | `ignore` | (queries, documents): > 0 for pairs to leave out | the user's loader | `coloss.retrieval.joined_scores` |
 | `identity` | integer (samples): who or what each pair shows | the user's loader | `coloss.retrieval.CrossModalGranularity` |
 | `graded` | bool (samples): whether targets are grades of similarity; one task in a batch | the user's loader | `coloss.retrieval.UnifiedEmbedding` |
+| `content` | integer (samples): equal for copies of one text or row, which must not be shown beside each other | the user's loader (`coloss.retrieval.content_keys`) | `coloss.retrieval.DemonstrationTraining` |
+| `own_document` | integer (samples): the number of the document that is the sample itself, to be left out of searches | the user's loader | `coloss.retrieval.JointRetrieval` |
 | `user` | integer (samples): whose history each row is | `coloss.data.load_interactions` | `coloss.retrieval.GateContrast` |
 | `ranked_items` | integer (samples, k): items that a recommender answered, best first | `coloss.retrieval.ExtractionAudit` | `coloss.retrieval.ListDistillation` |
+| `actions`, `next_view` | float (samples, views, numbers): what leads from each view of a sequence to the next one; the view to be predicted | `coloss.jepa.SeqJEPA`, or the user's loader (`actions`) | `coloss.jepa.SeqJEPA` |
 | `bag`, `bag_size` | integer (samples): the bag of each sample, and its size | `coloss.classification.bag_dataset` | `coloss.classification.AggregateSupervision` |
 """
 

@@ -12,6 +12,16 @@ from coloss.errors import DataNotFoundError, InputError, UnknownNameError, sugge
 SUPERVISED_KINDS = ("classification", "regression", "multilabel", "retrieval")
 """The kinds that `load` makes ready for a model; sets of other kinds come from `load_raw`."""
 
+RETRIEVAL_VIEWS: Mapping[str, str] = MappingProxyType(
+    {
+        "banking77": "find the intent that a question asks for",
+        "reuters": "find the topics of an article",
+        "sick": "find the sentence that says the same",
+        "sts": "find the sentence that says the same",
+    }
+)
+"""Sets of other kinds that `load(name, kind="retrieval")` gives as queries and documents, and what there is to find."""
+
 
 @dataclass(frozen=True)
 class DatasetInfo:

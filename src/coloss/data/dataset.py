@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from coloss.data.batch import Batch
+from coloss.data.judgements import Judgements
 
 Tensors = Tensor | tuple[Tensor, ...]
 
@@ -227,15 +228,15 @@ class RetrievalSplits:
     Args:
         name: of the data set.
         train: one sample for each relevant (query, document) pair of the training queries: `inputs` is the tuple
-            (query features, document features), `extras` holds the row of each in `train_queries` ("query") and `documents`
-            ("document"), which tells false negatives within a batch.
+            (query features, document features); the row of each in `train_queries` and `documents` is in `targets`, and in `extras`
+            as "query" and "document", which tells false negatives within a batch.
         documents: features of every document.
         train_queries: features of the training queries.
-        train_relevance: which documents answer them.
+        train_judgements: which documents answer them, and how well.
         validation_queries: features of the validation queries.
-        validation_relevance: which documents answer them.
+        validation_judgements: which documents answer them.
         test_queries: features of the test queries.
-        test_relevance: which documents answer them.
+        test_judgements: which documents answer them.
         input_shape: of one query or document: (features,).
         feature_names: or None.
         description: one line on what was done to the data.
@@ -243,25 +244,42 @@ class RetrievalSplits:
 
     Examples:
         >>> pairs = IndexedDataset((torch.eye(2), torch.eye(2)), extras={"query": [0, 1], "document": [0, 1]})
-        >>> none, some = torch.zeros(0, 2), torch.eye(2)
-        >>> splits = RetrievalSplits("toy", pairs, some, some, some > 0, none, none > 0, none, none > 0, (2,))
-        >>> splits.kind
-        'retrieval'
+        >>> same = Judgements(2, 2, torch.tensor([[0, 0], [1, 1]]), torch.ones(2))
+        >>> parts = [torch.eye(2), same] * 3
+        >>> splits = RetrievalSplits("toy", pairs, torch.eye(2), *parts, input_shape=(2,))
+        >>> splits.kind, splits.test_relevance
+        ('retrieval', tensor([[1., 0.],
+                [0., 1.]]))
     """
 
     name: str
     train: IndexedDataset
     documents: Float[Tensor, "documents features"]
     train_queries: Float[Tensor, "train_queries features"]
-    train_relevance: Bool[Tensor, "train_queries documents"]
+    train_judgements: Judgements
     validation_queries: Float[Tensor, "validation_queries features"]
-    validation_relevance: Bool[Tensor, "validation_queries documents"]
+    validation_judgements: Judgements
     test_queries: Float[Tensor, "test_queries features"]
-    test_relevance: Bool[Tensor, "test_queries documents"]
+    test_judgements: Judgements
     input_shape: tuple[int, ...]
     feature_names: tuple[str, ...] | None = None
     description: str = ""
     kind: str = "retrieval"
+
+    @property
+    def train_relevance(self) -> Float[Tensor, "train_queries documents"]:
+        """Grade of every document for every training query, 0 where irrelevant."""
+        return self.train_judgements.dense()
+
+    @property
+    def validation_relevance(self) -> Float[Tensor, "validation_queries documents"]:
+        """Grade of every document for every validation query, 0 where irrelevant."""
+        return self.validation_judgements.dense()
+
+    @property
+    def test_relevance(self) -> Float[Tensor, "test_queries documents"]:
+        """Grade of every document for every test query, 0 where irrelevant."""
+        return self.test_judgements.dense()
 
 
 def _as_tensors(value: Any, name: str) -> Tensors:

@@ -54,8 +54,12 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
         raise _broken(path, "npz", error) from error
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, *, as_text: bool = False) -> pd.DataFrame:
     """Table of a `.parquet`, `.csv` or `.tsv` file (the last two possibly with `.gz`).
+
+    Args:
+        path: of the file.
+        as_text: keep every cell of the last two as it is written: `007` and `NA` stay text.
 
     Raises:
         DataNotFoundError: if there is no such file.
@@ -74,7 +78,8 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         if suffix == ".parquet":
             return pd.read_parquet(path)
-        table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
+        options: dict[str, Any] = {"dtype": str, "keep_default_na": False} if as_text else {}
+        table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", **options)
     except pd.errors.EmptyDataError as error:
         raise InputError(f"{path} is empty: a table must have a line of column names and rows") from error
     except _BROKEN as error:
@@ -82,6 +87,28 @@ def read_table(path: Path) -> pd.DataFrame:
     if table.shape[1] == 1 and ";" in str(table.columns[0]):
         raise InputError(f"{path} separates its columns by semicolons: write it with commas")
     return table
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of the columns of a `.parquet`, `.csv` or `.tsv` file, of which no more than the head is read; none where there is no such table.
+
+    Examples:
+        >>> column_names(Path("/nowhere.csv"))
+        []
+    """
+    suffix = next((suffix for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "").lower()
+    if suffix not in (".parquet", ".csv", ".tsv") or not path.is_file():
+        return []
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            return list(pyarrow.parquet.read_schema(path).names)
+        return [
+            str(name) for name in pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", nrows=0).columns
+        ]
+    except _BROKEN:
+        return []
 
 
 def read_text(path: Path) -> str:
@@ -122,11 +149,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         >>> [row["id"] for row in read_json_lines(path)]
         [1, 2]
     """
-    lines = read_text(path).splitlines()
-    try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise _broken(path, "JSON lines", error) from error
+    # Not `splitlines`, which also splits at separators that may stand within a text, such as U+2028.
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except ValueError as error:
+            raise _broken(path, "JSON lines", ValueError(f"line {number}: {error}")) from error
+    return rows
 
 
 def _check_file(path: Path) -> None:

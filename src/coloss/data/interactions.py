@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coloss.data.dataset import IndexedDataset
-from coloss.data.formats import read_table
+from coloss.data.formats import column_names, read_table
 from coloss.data.raw import load_raw
 from coloss.errors import InputError, suggest_names
 
@@ -19,6 +19,9 @@ Part = Literal["train", "validation", "test"]
 
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _NAMES = ("amazon-video-games",)
+
+# Of the user, item and time column of a table; the first of each is what messages ask for.
+_COLUMNS = (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"))
 
 
 @dataclass
@@ -176,7 +179,7 @@ def load_interactions(
     users: int | None = None,
     min_length: int = 5,
     max_history: int = 20,
-    columns: tuple[str, str, str] = ("user", "item", "time"),
+    columns: tuple[str, str, str] | None = None,
     seed: int = 0,
 ) -> InteractionSplits:
     """Sequences of users' items from a data set or a table of your own, split in time.
@@ -190,7 +193,8 @@ def load_interactions(
         users: keep at most so many users, drawn by seed.
         min_length: leave out users with fewer interactions (of those kept), >= 3.
         max_history: columns of a history; only the most recent items of longer ones are seen.
-        columns: names of the user, item and time column of a table.
+        columns: names of the user, item and time column of a table; None looks for `user` or `user_id`, `item` or `item_id`, `time` or
+            `timestamp`.
         seed: of the draw of users.
 
     Raises:
@@ -235,7 +239,8 @@ def load_interactions(
     if users is not None and users < len(chosen):
         chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:users])
     if len(chosen) == 0:
-        raise InputError(f"no user of {source} has {min_length} interactions or more: lower min_length")
+        mend = "lower min_length" if min_length > 3 else "each part takes one"
+        raise InputError(f"no user of {source} has {min_length} interactions or more: {mend}")
     stay = np.isin(user, chosen)
     item, numbers = item[stay], np.unique(item[stay])
     sequence = np.searchsorted(numbers, item) + 1
@@ -248,6 +253,20 @@ def load_interactions(
         ("", *(str(item_names[number]) for number in numbers)),
         tuple(str(user_names[number]) for number in chosen),
     )
+
+
+def holds_interactions(path: str | Path) -> bool:
+    """Whether a table has the columns of users, items and times that `load_interactions` looks for; only its head is read.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "plays.csv"
+        >>> _ = path.write_text("user,item,timestamp\\nann,a,3\\n")
+        >>> holds_interactions(path), holds_interactions("/nowhere.csv")
+        (True, False)
+    """
+    names = column_names(Path(path).expanduser())
+    return all(any(name in names for name in known) for known in _COLUMNS)
 
 
 def last_items(histories: Int[Tensor, "rows columns"], count: int) -> Int[Tensor, "rows columns"]:
@@ -271,15 +290,20 @@ def last_items(histories: Int[Tensor, "rows columns"], count: int) -> Int[Tensor
 
 
 def _read(
-    path: Path, columns: tuple[str, str, str]
+    path: Path, columns: tuple[str, str, str] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray, NDArray]:
     """Users and items by number, users one after another, each in order of time; and their names."""
     import pandas as pd
 
     table = read_table(path)
+    found = [str(column) for column in table.columns]
+    if columns is None:
+        user_column, item_column, time_column = (
+            next((name for name in known if name in found), known[0]) for known in _COLUMNS
+        )
+        columns = user_column, item_column, time_column
     for name in columns:
-        if name not in table.columns:
-            found = [str(column) for column in table.columns]
+        if name not in found:
             raise InputError(
                 f"{path} must have a column {name!r}{suggest_names(name, found)} (it has: {', '.join(found)})"
             )
@@ -294,7 +318,7 @@ def _read(
             time = pd.to_datetime(time, format="ISO8601")
         except (ValueError, TypeError) as error:
             raise InputError(
-                f"column {columns[2]!r} of {path} must hold numbers or ISO dates ({error})"
+                f"column {columns[2]!r} of {path} must hold numbers or ISO dates ({str(error).splitlines()[0]})"
             ) from error
     user, user_names = pd.factorize(table[columns[0]])
     item, item_names = pd.factorize(table[columns[1]], sort=False)

@@ -9,5 +9,7 @@ from .records import ArmRecord as ArmRecord
 from .records import ComparisonRecord as ComparisonRecord
 from .records import TrialRecord as TrialRecord
 from .records import read_comparison as read_comparison
+from .selection import Selection as Selection
+from .selection import select_arm as select_arm
 from .tasks import find_task as find_task
 from .tasks import task_from_splits as task_from_splits

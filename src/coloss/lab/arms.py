@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
+from coloss.data.text import import_callable
 from coloss.errors import InputError, UnknownNameError, suggest_names
 from coloss.lab.catalog import catalog, find_entry, import_name
 from coloss.lab.records import ArmRecord, trial_path
@@ -34,6 +35,8 @@ def split_arms(text: str) -> list[str]:
 def parse_arm(text: str, task: Task) -> ArmRecord:
     """Read an arm as a person types it: "dhkd", "dhkd+trp", "trp:energy=0.8:every=10", or the task's own objective.
 
+    A method of one's own goes by its import path, "package.module:Class:weight=0.5"; modules in the current folder are found too.
+
     Raises:
         InputError: if a slug or parameter is unknown or of a wrong type, or the method does not fit the task.
 
@@ -46,6 +49,8 @@ def parse_arm(text: str, task: Task) -> ArmRecord:
     for part in _split(text, "+"):
         slug, *settings = _split(part.strip(), ":")
         slug = slug.strip()
+        if settings and settings[0].strip().isidentifier() and _is_module(slug):
+            slug = f"{slug}:{settings.pop(0).strip()}"
         if not slug:
             raise InputError(f"an arm must name methods, like dhkd or dhkd+trp, got {text!r}")
         if slug == task.objective_name:
@@ -110,12 +115,15 @@ def check_arms(records: list[ArmRecord]) -> None:
 
 
 def check_fits(slug: str, task: Task) -> None:
-    """Refuse a method that is not made for the task's kind.
+    """Refuse a method that is not made for the task's kind; one given by import path is taken to fit.
 
     Raises:
         InputError: naming the kinds it is made for, and for unknown slugs.
     """
     known = [entry.slug for entry in catalog()]
+    if ":" in slug:
+        method_class(slug)
+        return
     if slug not in known:
         choices = [task.objective_name, *(entry.slug for entry in catalog() if task.kind in entry.kinds)]
         raise UnknownNameError(
@@ -144,11 +152,20 @@ def check_parameters(slug: str, parameters: Mapping[str, Any]) -> None:
 
 
 def method_class(slug: str) -> type[Method]:
-    """The Method that a slug names.
+    """The Method that a slug, or an import path "package.module:Class", names.
 
     Raises:
-        InputError: if the system has none.
+        InputError: if the system has none, or the path names no Method.
+
+    Examples:
+        >>> method_class("coloss.jepa:VICReg").__name__
+        'VICReg'
     """
+    if ":" in slug:
+        found = import_callable(slug)
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise InputError(f"{slug} must be a class derived from coloss.Method, got {found!r}")
+        return found
     entry = find_entry(slug)
     if entry.method is None:
         raise InputError(f"{slug} does not act during training, so it cannot be an arm (coloss show {slug})")
@@ -165,6 +182,11 @@ def _build_method(spec: Mapping[str, Any], setting: Setting) -> Method:
         return method_class(spec["slug"]).for_setting(setting, **spec.get("parameters", {}))
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+
+
+def _is_module(name: str) -> bool:
+    """Whether the first part of an arm stands for a module, not for a slug: it has a dot, or is a file in the current folder."""
+    return "." in name or Path(f"{name}.py").is_file()
 
 
 def _parameters(method: type[Method]) -> dict[str, Any]:

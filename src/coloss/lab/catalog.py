@@ -54,6 +54,7 @@ class Entry:
     method: str | None = None
     kinds: tuple[str, ...] = ()
     recipe: str | None = None
+    compare: str | None = None
     has_claim: bool = False
     has_profile: bool = False
 
@@ -70,9 +71,18 @@ class Entry:
     @property
     def example(self) -> str:
         """The code example of its method, or else of the first public name that has one; empty if none has."""
-        room = PACKAGE / self.family / f"{self.module.rpartition('.')[2]}.py"
+        family = PACKAGE / self.family
+        places = {**_homes(family / "__init__.py"), None: self.module.rpartition(".")[2]}
         names = [path.rpartition(".")[2] for path in (self.method, *self.api, self.recipe) if path]
-        return room_example(room, self.module, names)
+        for name in names:
+            # In the room itself, or in the module beside it that the family takes the name from.
+            for module in dict.fromkeys((places[None], places.get(name))):
+                found = module and room_example(
+                    family / f"{module}.py", f"coloss.{self.family}.{module}", [name]
+                )
+                if found:
+                    return found
+        return ""
 
     def as_json(self) -> dict[str, Any]:
         """The entry as `coloss list --json` prints it."""
@@ -129,6 +139,18 @@ def import_name(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"cannot import {path!r}: {error}") from error
+
+
+@cache
+def _homes(init: Path) -> dict[str | None, str]:
+    """Modules of a family that its `__init__` takes names from, by name."""
+    tree = ast.parse(init.read_text(encoding="utf-8"))
+    return {
+        alias.asname or alias.name: node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None
+        for alias in node.names
+    }
 
 
 def read_room(path: Path, family: str) -> Entry | None:

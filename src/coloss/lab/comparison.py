@@ -10,6 +10,7 @@ from typing import Any
 
 from coloss.errors import InputError, suggest_names
 from coloss.lab.arms import build_arm, check_arms, parse_arm
+from coloss.lab.directions import Direction, metric_direction
 from coloss.lab.known_tasks import is_file
 from coloss.lab.loggers import check_logger
 from coloss.lab.records import (
@@ -23,7 +24,7 @@ from coloss.lab.records import (
     versions,
     write_record,
 )
-from coloss.lab.tasks import Direction, content_hash, find_task, metric_direction
+from coloss.lab.tasks import content_hash, find_task
 from coloss.lab.trials import Logs, Outcome, attempt_arm, rehearse
 from coloss.lab.workers import Report, check_workers, in_processes, in_ray
 from coloss.train.budget import Budget

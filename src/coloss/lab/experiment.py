@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from coloss.errors import InputError, suggest_names
-from coloss.lab.known_tasks import task_names
+from coloss.lab.known_tasks import TaskKind, task_names
 
 
 class Experiment(BaseModel):
@@ -25,7 +25,8 @@ class Experiment(BaseModel):
     direction: higher           # or lower; default: known for the metric
     reach: 0.95                 # metric value; the training time until it is reached is recorded
     target: species             # column to predict, for tables
-    kind: classification        # or regression, where the guess by the target's values is wrong; self-supervised to learn without labels
+    kind: classification        # or regression, where the guess by the target's values is wrong; self-supervised to learn without labels;
+                                # ranking or next-item for users and items; token-retrieval for captions and images
     model: mymodels:build       # import path of a callable (splits -> module); found from the current folder
     text_features: tfidf        # or hashing, or the import path of an encoder
     limit: 1000                 # use so many samples of each part at most
@@ -49,7 +50,7 @@ class Experiment(BaseModel):
     seeds: int = Field(5, ge=1)
     budget: str | None = None
     target: str | None = None
-    kind: Literal["classification", "regression", "self-supervised"] | None = None
+    kind: TaskKind | None = None
     baseline: str | None = None
     metric: str | None = None
     direction: Literal["higher", "lower"] | None = None

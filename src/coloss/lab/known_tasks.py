@@ -1,9 +1,15 @@
 """The tasks known by name, and whether a text is one, a file, or neither. Nothing here imports torch."""
 
 from pathlib import Path
+from typing import Literal
 
-from coloss.data.catalog import DATASETS, SUPERVISED_KINDS
+from coloss.data.catalog import DATASETS, RETRIEVAL_VIEWS, SUPERVISED_KINDS
 from coloss.errors import InputError, UnknownNameError, suggest_names
+
+TaskKind = Literal[
+    "classification", "regression", "self-supervised", "ranking", "next-item", "token-retrieval"
+]
+"""The kinds that can be asked for, where data of one's own allow more than one."""
 
 HALVES = "digits-halves"
 """Images cut in two: which bottom half belongs to which top half."""
@@ -11,18 +17,30 @@ HALVES = "digits-halves"
 IMAGE_TEXT = "openmoji-pairs"
 """Drawings and their captions: each finds the other."""
 
+TOKEN_TOWERS = "openmoji-tokens"
+"""Captions that find drawings, by two towers that keep their tokens."""
+
 SELF_SUPERVISED = "-ssl"
 """Ending of the tasks that train an encoder without labels."""
 
+RETRIEVAL = "-retrieval"
+"""Ending of the tasks that see a data set as queries and documents."""
+
+NEXT_ITEM = "-next"
+"""Ending of the tasks that predict which item a user chooses next; without it the task is to rank shown items."""
+
 
 def task_names() -> list[str]:
-    """Names that `find_task` answers to: each supervised data set, `NAME-ssl` for classifications, `digits-halves`, `openmoji-pairs`.
+    """Names that `find_task` answers to: each supervised data set, `NAME-ssl` for classifications, `NAME-retrieval` for texts that can be
+    searched, `NAME` and `NAME-next` for interactions of users with items, `digits-halves`, `openmoji-pairs`, `openmoji-tokens`.
 
     Examples:
         >>> {"digits", "digits-ssl", "digits-halves", "openmoji-pairs", "diabetes"} <= set(task_names())
         True
     """
-    return sorted([HALVES, IMAGE_TEXT, *(name for dataset in DATASETS for name in tasks_of(dataset))])
+    return sorted(
+        [HALVES, IMAGE_TEXT, TOKEN_TOWERS, *(name for dataset in DATASETS for name in tasks_of(dataset))]
+    )
 
 
 def tasks_of(dataset: str) -> list[str]:
@@ -31,11 +49,22 @@ def tasks_of(dataset: str) -> list[str]:
     Examples:
         >>> tasks_of("digits"), tasks_of("diabetes"), tasks_of("camvid")
         (['digits', 'digits-ssl'], ['diabetes'], [])
+        >>> tasks_of("amazon-video-games")
+        ['amazon-video-games', 'amazon-video-games-next']
+        >>> tasks_of("banking77")
+        ['banking77', 'banking77-ssl', 'banking77-retrieval']
     """
     kind = DATASETS[dataset].kind
+    if kind == "recommendation":
+        return [dataset, dataset + NEXT_ITEM]
     if kind not in SUPERVISED_KINDS:
         return []
-    return [dataset, dataset + SELF_SUPERVISED] if kind == "classification" else [dataset]
+    endings = [
+        "",
+        *[SELF_SUPERVISED] * (kind == "classification"),
+        *[RETRIEVAL] * (dataset in RETRIEVAL_VIEWS),
+    ]
+    return [dataset + ending for ending in endings]
 
 
 def is_file(text: str) -> bool:

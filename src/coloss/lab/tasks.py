@@ -17,32 +17,42 @@ from coloss.data import (
     Splits,
     halves,
     holds_captions,
+    holds_collection,
     import_callable,
     load,
     load_image_text,
 )
 from coloss.errors import InputError
-from coloss.lab.known_tasks import HALVES, IMAGE_TEXT, SELF_SUPERVISED, check_task, is_file, task_names
+from coloss.lab.directions import Direction
+from coloss.lab.known_tasks import (
+    HALVES,
+    IMAGE_TEXT,
+    SELF_SUPERVISED,
+    TOKEN_TOWERS,
+    TaskKind,
+    check_task,
+    is_file,
+    task_names,
+)
+from coloss.lab.recommender_tasks import holds_choices, recommender_task
+from coloss.lab.retrieval_tasks import collection_loader, retrieval_task, searches
+from coloss.lab.token_tower_tasks import token_tower_task
 from coloss.metrics import (
     evaluate_classifier,
-    evaluate_dual_encoder,
     evaluate_encoder,
     evaluate_multilabel,
     evaluate_regressor,
 )
-from coloss.nn import MLP, Classifier, ConvNet, DualEncoder
-from coloss.ops import info_nce_loss
+from coloss.nn import MLP, Classifier, ConvNet
 from coloss.train.budget import Budget
 from coloss.train.task import Task
-
-Direction = Literal["higher", "lower"]
 
 
 def find_task(
     name: str,
     *,
     target: str | None = None,
-    kind: Literal["classification", "regression", "self-supervised"] | None = None,
+    kind: TaskKind | None = None,
     model: str | None = None,
     text_features: str = "tfidf",
     limit: int | None = None,
@@ -54,13 +64,16 @@ def find_task(
     """The task of a name, or of a file or folder.
 
     Args:
-        name: a name of `task_names()`, a path to CSV, parquet or npz, a folder of images by class, or `hf:...`.
+        name: a name of `task_names()`, a path to CSV, parquet or npz, a folder of images by class or of queries, documents and judgements
+            (`coloss.data.read_collection`), or `hf:...`.
         target: the column to predict, for tables.
         kind: where the guess by the target's values is wrong, for your own data; "self-supervised" trains an encoder without the labels of a
-            classification and judges it by probes, as the tasks `NAME-ssl` do.
+            classification and judges it by probes, as the tasks `NAME-ssl` do. A table of users, items and times is "ranking" or
+            "next-item", images with captions may be "token-retrieval"; see `coloss.lab.recommender_tasks` and
+            `coloss.lab.token_tower_tasks`.
         model: import path `package.module:name` of a callable `splits -> nn.Module`, in place of the default model.
         text_features: "tfidf", "hashing" or the import path of an encoder.
-        limit: use so many samples of each part at most.
+        limit: use so many samples of each part at most; of interactions, so many users.
         label_noise: share of wrong labels in training and validation data, in [0, 1], drawn by each seed; for classification. Test data
             stay clean, see `coloss.data.with_label_noise`.
         noise_kind: "symmetric" (default) or "pairwise".
@@ -83,22 +96,37 @@ def find_task(
     if corruption is not None and (self_supervised or name == HALVES):
         what = "a self-supervised" if self_supervised else "a retrieval"
         raise InputError(f"label noise and imbalance are for classification tasks, {name} is {what} one")
-    if name == IMAGE_TEXT or (is_file(name) and holds_captions(name)):
+    stamp = content_hash(Path(name).expanduser()) if is_file(name) else ""
+    if holds_choices(name, kind, target):
+        if corruption is not None or target is not None:
+            raise InputError(f"{name} holds who chose what: leave target, label noise and imbalance out")
+        task = recommender_task(name, kind, stamp, limit)
+    elif name == TOKEN_TOWERS or kind == "token-retrieval":
+        if corruption is not None or target is not None or kind not in (None, "token-retrieval"):
+            raise InputError(
+                f"{name} pairs captions with images: leave target, label noise, imbalance and other kinds out"
+            )
+        task = token_tower_task(name, stamp, limit)
+    elif name == IMAGE_TEXT or (is_file(name) and holds_captions(name)):
         if corruption is not None or target is not None or kind is not None:
             raise InputError(
                 f"{name} pairs images with captions: leave target, kind, label noise and imbalance out"
             )
-        task = _image_text(name, limit)
+        task = _image_text(name, stamp, limit)
+    elif searches(name) or (is_file(name) and holds_collection(name)):
+        if corruption is not None or target is not None or kind is not None:
+            raise InputError(
+                f"{name} holds queries and documents: leave target, kind, label noise and imbalance out"
+            )
+        task = task_from_splits(name, collection_loader(name, stamp, text_features, limit))
     elif name == HALVES:
         if target is not None or kind is not None:
             raise InputError(f"{HALVES} pairs halves of images and has no target: leave target and kind out")
         task = task_from_splits(name, partial(_digits_halves, limit))
     else:
         source: str | Path = name.removesuffix(SELF_SUPERVISED) if self_supervised else name
-        stamp = ""
         if is_file(name):
             source = Path(name).expanduser()
-            stamp = content_hash(source)
         read = partial(
             _load, source, stamp, target, None if self_supervised else kind, text_features, limit, corruption
         )
@@ -158,12 +186,11 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _image_text(name: str, limit: int | None) -> Task:
+def _image_text(name: str, stamp: str, limit: int | None) -> Task:
     """Two small encoders that find images and captions from one another, trained by CLIP's loss."""
     from coloss.contrastive.image_text import evaluate_image_text, image_text_task
 
     source: str | Path = "openmoji" if name == IMAGE_TEXT else Path(name).expanduser()
-    stamp = "" if name == IMAGE_TEXT else content_hash(Path(source))
     return replace(
         image_text_task(
             Budget(steps=300), title=f"images and captions of {Path(name).name} found from one another"
@@ -236,7 +263,7 @@ def task_from_splits(
             )
         return _self_supervised(name, load_splits, splits.train)
     if splits.kind == "retrieval":
-        return _retrieval(name, load_splits, splits.train)
+        return retrieval_task(name, load_splits, _default_budget(splits.train))
     if splits.kind not in _SUPERVISED:
         known = ", ".join([*_SUPERVISED, "retrieval"])
         raise InputError(f"splits must be of kind {known}, got {splits.kind!r}")
@@ -290,16 +317,6 @@ def binary_cross_entropy_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
 
 
-def contrastive_loss(
-    outputs: tuple[Tensor, Tensor], targets: Any = None, temperature: float = 0.05
-) -> Tensor:
-    """InfoNCE over the batch, from query to document and back."""
-    return info_nce_loss(outputs[0], outputs[1], temperature, symmetric=True)
-
-
-contrastive_loss.batch_statistic = True  # type: ignore[attr-defined]
-
-
 _SUPERVISED: Mapping[str, tuple[Any, str, Any, str, Direction]] = {
     "classification": (
         nn.functional.cross_entropy,
@@ -317,18 +334,6 @@ _SUPERVISED: Mapping[str, tuple[Any, str, Any, str, Direction]] = {
         "higher",
     ),
 }
-
-_BETTER_LOW = {"nll", "ece", "mse", "mae", "rmse", "loss", "error", "perplexity", "brier", "uniformity"}
-
-
-def metric_direction(metric: str) -> Direction:
-    """Whether a metric is better high or low, by the words of its name.
-
-    Examples:
-        >>> metric_direction("accuracy"), metric_direction("nll"), metric_direction("test_error")
-        ('higher', 'lower', 'lower')
-    """
-    return "lower" if _BETTER_LOW & set(metric.lower().replace("-", "_").split("_")) else "higher"
 
 
 def _default_budget(train: IndexedDataset, batch_size: int = 64) -> Budget:
@@ -352,33 +357,6 @@ def _self_supervised(name: str, load_splits: Callable[[int], Any], train: Indexe
         budget=_default_budget(train),
         batch_size=128,
     )
-
-
-def _retrieval(name: str, load_splits: Callable[[int], Any], train: IndexedDataset) -> Task:
-    return Task(
-        name=name,
-        kind="retrieval",
-        title=f"retrieval on {name}: find the document that belongs to a query",
-        load=load_splits,
-        model=_two_towers,
-        objective=contrastive_loss,
-        objective_name="info-nce",
-        validate=lambda model, splits: _judge_retrieval(model, splits, "validation"),
-        test=lambda model, splits: _judge_retrieval(model, splits, "test"),
-        metric="mrr",
-        budget=_default_budget(train),
-    )
-
-
-def _two_towers(splits: Any) -> nn.Module:
-    return DualEncoder(*(MLP(part[0].numel(), (128,), 64) for part in splits.train.inputs))
-
-
-def _judge_retrieval(model: nn.Module, splits: Any, part: str) -> Mapping[str, float]:
-    """Against the judgements of the splits, or pair by pair where the data are pairs."""
-    if hasattr(splits, "documents"):
-        return evaluate_dual_encoder(model, splits, split=part)
-    return evaluate_dual_encoder(model, getattr(splits, part))
 
 
 def _import_model(path: str) -> Callable[[Any], nn.Module]:

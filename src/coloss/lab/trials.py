@@ -169,6 +169,8 @@ class _Trial:
         run.model.eval()
         with torch.no_grad():
             metrics = dict(self.setting.task.test(run.model, self.setting.splits))
+        for method in run.methods:
+            metrics = method.report(run.model, getattr(self.setting.splits, "train", None)) | metrics
         if claim is not None and claim.measure is not None:
             metrics |= claim.measure(run, self.setting)
         return {name: float(value) for name, value in metrics.items()}

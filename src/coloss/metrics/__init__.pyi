@@ -1,3 +1,4 @@
+from .attentive import attentive_probe as attentive_probe
 from .calibration import brier_score as brier_score
 from .calibration import expected_calibration_error as expected_calibration_error
 from .calibration import negative_log_likelihood as negative_log_likelihood
@@ -7,6 +8,15 @@ from .classification import macro_f1 as macro_f1
 from .classification import mean_squared_error as mean_squared_error
 from .classification import r2_score as r2_score
 from .clustering import clustering_accuracy as clustering_accuracy
+from .crops import crop_average as crop_average
+from .effective_ranks import RankInterval as RankInterval
+from .effective_ranks import alpha_req as alpha_req
+from .effective_ranks import entropy_rank as entropy_rank
+from .effective_ranks import lidar as lidar
+from .effective_ranks import participation_ratio as participation_ratio
+from .effective_ranks import rankme as rankme
+from .effective_ranks import rankme_interval as rankme_interval
+from .effective_ranks import stable_rank as stable_rank
 from .embedding import alignment as alignment
 from .embedding import embedding_metrics as embedding_metrics
 from .embedding import feature_standard_deviation as feature_standard_deviation
@@ -14,6 +24,8 @@ from .embedding import tolerance as tolerance
 from .embedding import uniformity as uniformity
 from .embedding_retrieval import retrieval_metrics_from_embeddings as retrieval_metrics_from_embeddings
 from .episodes import evaluate_episodes as evaluate_episodes
+from .feature_batches import FeatureBatch as FeatureBatch
+from .feature_batches import feature_stream as feature_stream
 from .inference import Features as Features
 from .inference import Predictions as Predictions
 from .inference import evaluation_mode as evaluation_mode
@@ -41,6 +53,7 @@ from .retrieval import pooled_auc as pooled_auc
 from .retrieval import retrieval_metrics as retrieval_metrics
 from .retrieval import roc_curve_pooled as roc_curve_pooled
 from .retrieval import threshold_at_fpr as threshold_at_fpr
+from .search_index import SearchIndex as SearchIndex
 from .self_retrieval import self_retrieval_metrics as self_retrieval_metrics
 from .similarity_distribution import MeanSimilarityDistribution as MeanSimilarityDistribution
 from .similarity_distribution import SimilarityDistribution as SimilarityDistribution

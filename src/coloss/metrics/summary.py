@@ -18,9 +18,9 @@ from coloss.ops import effective_rank, full_precision, gram_singular_values
 from .calibration import expected_calibration_error, negative_log_likelihood
 from .classification import accuracy, balanced_accuracy, macro_f1, mean_squared_error, r2_score
 from .embedding import feature_standard_deviation, tolerance, uniformity
+from .embedding_retrieval import retrieval_metrics_from_embeddings
 from .inference import extract_features, predict
 from .probes import knn_probe, linear_probe
-from .retrieval import retrieval_metrics
 
 
 def evaluate_classifier(model: nn.Module, dataset: Any, batch_size: int = 1024) -> dict[str, float]:
@@ -139,23 +139,25 @@ def evaluate_dual_encoder(
         model: takes a pair (queries, documents) and gives their embeddings (batch, dimensions), such as
             `coloss.nn.DualEncoder`; for retrieval splits also has its `encode_query` and `encode_document`.
         data: a data set whose inputs are pairs (queries, documents), or splits with queries, documents and
-            relevance of their own, such as `coloss.data.RetrievalSplits`.
+            judgements of their own, such as `coloss.data.RetrievalSplits`.
         split: whose queries are asked, for retrieval splits: "train", "validation" or "test".
-        relevance: (queries, documents), relevant where > 0. By default that of the splits, or for pairs that
-            query i is answered by document i alone.
-        ignore: (queries, documents) bool, pairs to leave out, such as other documents of the same group.
+        relevance: (queries, documents), relevant where > 0, with grades for nDCG. By default the splits' own judgements, or
+            for pairs that query i is answered by document i alone.
+        ignore: (queries, documents) bool, pairs to leave out, such as other documents of the same group. By default those
+            of the splits' judgements.
         ks: cut-offs of recall and nDCG.
         batch_size: samples in one forward pass.
 
     Returns:
-        See `retrieval_metrics`.
+        See `retrieval_metrics_from_embeddings`: scores are compared exactly, in a stream of tiles. NaN if an embedding is not
+        finite.
 
     Raises:
         ValueError: if the data hold no sample, the model gives no pair of embeddings, or a mask has another
             shape.
 
     Cost:
-        O(queries * documents) memory for the scores.
+        O(queries * documents) time; memory of the embeddings, the judgements and a tile of scores.
 
     Examples:
         >>> from coloss.nn import DualEncoder
@@ -163,20 +165,32 @@ def evaluate_dual_encoder(
         >>> evaluate_dual_encoder(DualEncoder(nn.Identity(), nn.Identity()), [(pairs, None)])["recall@1"]
         1.0
     """
+    judgements = None
     if hasattr(data, "documents"):
         encoder: Any = model
         queries, _ = predict(model, _part(data, f"{split}_queries"), batch_size, call=encoder.encode_query)
         documents, _ = predict(model, data.documents, batch_size, call=encoder.encode_document)
-        relevance = _part(data, f"{split}_relevance") if relevance is None else relevance
+        judgements = _part(data, f"{split}_judgements")
     else:
         outputs, _ = predict(model, data, batch_size)
         if not isinstance(outputs, tuple) or len(outputs) != 2:
             raise ValueError(f"model must give a pair of embeddings, got {type(outputs).__name__}")
         queries, documents = outputs
-        relevance = torch.eye(len(queries), dtype=torch.bool) if relevance is None else relevance
-    scores = full_precision(queries) @ full_precision(documents).T
-    diverged = bool(scores.isnan().any())
-    metrics = retrieval_metrics(scores.nan_to_num(0.0, math.inf, -math.inf), relevance, ks, ignore)
+    shape = (len(queries), len(documents))
+    options: dict[str, Any] = {"ignore": None if judgements is None else judgements.ignore}
+    if relevance is not None:
+        pairs = _nonzero("relevance", relevance, shape)
+        options["grades"] = relevance.cpu()[pairs[:, 0], pairs[:, 1]]
+    elif judgements is not None:
+        pairs, options["grades"] = judgements.pairs, judgements.grades
+    else:
+        pairs = torch.arange(shape[0])[:, None].expand(-1, 2)
+    if ignore is not None:
+        options["ignore"] = _nonzero("ignore", ignore, shape)
+    diverged = not bool(queries.isfinite().all() and documents.isfinite().all())
+    if diverged:  # what can still be told is how many queries there are
+        queries, documents = torch.zeros_like(queries), torch.zeros_like(documents)
+    metrics = retrieval_metrics_from_embeddings(queries, documents, pairs, ks, metric="inner", **options)
     return {name: math.nan if diverged and "queries" not in name else metrics[name] for name in metrics}
 
 
@@ -240,6 +254,12 @@ def evaluate_encoder(
         "tolerance": float(tolerance(test, test_targets)),
         "rankme": float(effective_rank(gram_singular_values(test), 1e-7)),
     }
+
+
+def _nonzero(name: str, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    if mask.shape != shape:
+        raise ValueError(f"{name} must be (queries, documents) {shape}, got {tuple(mask.shape)}")
+    return mask.cpu().nonzero()
 
 
 def _part(splits: Any, name: str) -> Any:

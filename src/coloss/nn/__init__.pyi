@@ -1,3 +1,4 @@
+from .attentive_pool import AttentivePool as AttentivePool
 from .batch_norm import SyncBatchNorm1d as SyncBatchNorm1d
 from .classifier import Classifier as Classifier
 from .classifier import DualEncoder as DualEncoder
@@ -6,6 +7,7 @@ from .ema import ModuleEMA as ModuleEMA
 from .frozen import Frozen as Frozen
 from .fusion import FusionClassifier as FusionClassifier
 from .given_linear import linear_layer as linear_layer
+from .mask_token_predictor import MaskTokenPredictor as MaskTokenPredictor
 from .mlp import MLP as MLP
 from .positions import PositionTable as PositionTable
 from .positions import sinusoidal_positions as sinusoidal_positions
@@ -15,6 +17,12 @@ from .sequential_recommender import NextItemOutputs as NextItemOutputs
 from .sequential_recommender import SequentialRecommender as SequentialRecommender
 from .sequential_recommender import next_item_loss as next_item_loss
 from .sequential_recommender import next_item_scores as next_item_scores
+from .set_attention import InducedSetAttentionBlock as InducedSetAttentionBlock
+from .set_attention import MultiheadAttentionBlock as MultiheadAttentionBlock
+from .set_attention import MultiheadAttentionPooling as MultiheadAttentionPooling
+from .set_attention import SetAttentionBlock as SetAttentionBlock
+from .shaped_encoder import token_backbone as token_backbone
+from .shaped_encoder import token_encoder_for_shape as token_encoder_for_shape
 from .taps import Taps as Taps
 from .taps import find_classifier as find_classifier
 from .token_encoder import TokenEncoder as TokenEncoder

@@ -27,6 +27,9 @@ from .hard_negatives import hardest_scores as hardest_scores
 from .label_sums import label_logsumexps as label_logsumexps
 from .label_sums import multi_similarity_loss as multi_similarity_loss
 from .label_sums import proxy_anchor_loss as proxy_anchor_loss
+from .latent_prediction import LatentDistance as LatentDistance
+from .latent_prediction import TargetNorm as TargetNorm
+from .latent_prediction import latent_prediction_loss as latent_prediction_loss
 from .mixing import beta_weights as beta_weights
 from .mixing import mix_pairs as mix_pairs
 from .moments import RunningMoments as RunningMoments
@@ -38,7 +41,13 @@ from .pair_losses import triplet_margin_loss as triplet_margin_loss
 from .precision import accumulation_dtype as accumulation_dtype
 from .precision import full_precision as full_precision
 from .precision import without_autocast as without_autocast
+from .quaternions import canonical_quaternion as canonical_quaternion
+from .quaternions import euler_to_quaternion as euler_to_quaternion
+from .quaternions import quaternion_inverse as quaternion_inverse
+from .quaternions import quaternion_product as quaternion_product
 from .ranking import top_items as top_items
+from .sampling import sample_without_replacement as sample_without_replacement
+from .scatter import RunningScatter as RunningScatter
 from .segments import segment_logsumexp as segment_logsumexp
 from .segments import segment_mean as segment_mean
 from .segments import segment_sizes as segment_sizes
@@ -62,4 +71,7 @@ from .spectral import matricize as matricize
 from .spectral import nuclear_norm as nuclear_norm
 from .spectral import rank_at_energy as rank_at_energy
 from .spectral import truncated_svd as truncated_svd
+from .token_masks import gather_tokens as gather_tokens
+from .token_masks import indices_to_mask as indices_to_mask
+from .token_masks import mask_to_padded_indices as mask_to_padded_indices
 from .transport import sinkhorn as sinkhorn

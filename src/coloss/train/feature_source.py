@@ -19,6 +19,9 @@ class FeatureSource:
         path: module path, or module path with ":input" (see `coloss.nn.Taps`). None takes the model's output where there is no
             objective (a self-supervised encoder), and the input of the classifier (the last linear layer) where there is one.
 
+    Attributes:
+        place: the path that it comes to, from `setup` on; None for the model's output.
+
     Raises:
         InputError: from `setup`, if the path names no module.
 
@@ -35,15 +38,15 @@ class FeatureSource:
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
-        self._place: str | None = path
+        self.place: str | None = path
 
     def setup(self, state: State) -> None:
         """Find the place in the model, and keep its values from now on."""
         if self.path is None:
-            self._place = _classifier_input(state.model) if state.objective is not None else None
-        if self._place is not None:
+            self.place = _classifier_input(state.model) if state.objective is not None else None
+        if self.place is not None:
             try:
-                state.tap(self._name, self._place)
+                state.tap(self._name, self.place)
             except ValueError as error:
                 raise InputError(f"features cannot be read: {error}") from error
 
@@ -53,10 +56,10 @@ class FeatureSource:
         Raises:
             InputError: if they are no matrix; the message names the place.
         """
-        features = state.outputs if self._place is None else state.features[self._name]
+        features = state.outputs if self.place is None else state.features[self._name]
         if not isinstance(features, Tensor) or features.ndim != 2:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            where = "the model's output" if self._place is None else repr(self._place)
+            where = "the model's output" if self.place is None else repr(self.place)
             raise InputError(
                 f"features must be one vector for each row, got {found} at {where}: "
                 "name the module path of pooled features"
@@ -65,7 +68,7 @@ class FeatureSource:
 
     def width(self, state: State) -> int | None:
         """Length of a feature vector as the module declares it; None if it does not."""
-        path = self._place or ""
+        path = self.place or ""
         takes_input = path.endswith(":input")
         module = state.model.get_submodule(path.removesuffix(":input"))
         while isinstance(module, nn.Sequential) and len(module):
@@ -88,7 +91,7 @@ class FeatureSource:
 
     @property
     def _name(self) -> str:
-        return f"features at {self._place}"
+        return f"features at {self.place}"
 
 
 @contextmanager

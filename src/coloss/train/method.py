@@ -87,6 +87,17 @@ class Method(nn.Module):
     def finish(self, state: State) -> None:
         """Leave `state.model` as it ships: strip auxiliary heads, merge adapters, apply masks."""
 
+    def report(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """After training: numbers about the shipped model that need the method's own parts, such as meters of its projector's output.
+
+        The lab adds them to an arm's metrics.
+
+        Args:
+            model: as it ships, in eval mode.
+            data: the training data, any kind that `coloss.metrics.extract_features` takes.
+        """
+        return {}
+
     @classmethod
     def for_setting(cls, setting: "Setting", **parameters: Any) -> "Method":
         """Build the method for a task of the lab; override when it needs something of the task (a teacher, a class count)."""

@@ -31,6 +31,7 @@ class System:
         method: import path of the Method that `coloss compare --methods SLUG` builds; None if it has none.
         kinds: kinds of task that method fits: "classification", "regression", "multilabel", "retrieval", "self-supervised".
         recipe: import path of the function behind `coloss run SLUG`; None if it is no complete system.
+        compare: what follows `coloss compare` on its card, where the usual example of its kind does not fit.
     """
 
     slug: str
@@ -42,6 +43,7 @@ class System:
     method: str | None = None
     kinds: tuple[str, ...] = ()
     recipe: str | None = None
+    compare: str | None = None
 
 
 def _no_methods(setting: "Setting") -> Sequence[Method]:

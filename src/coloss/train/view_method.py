@@ -1,18 +1,33 @@
 """What self-supervised methods on views share: views of a batch, one forward pass over all of them, a projector, embeddings."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from coloss.data.dataset import IndexedDataset
 from coloss.data.stacking import View, default_views, repeated, stacked_views
 from coloss.errors import InputError
+from coloss.metrics import (
+    alignment,
+    extract_features,
+    feature_standard_deviation,
+    lidar,
+    rankme,
+    uniformity,
+)
 from coloss.nn.projector import projection_head
 from coloss.train.feature_source import FeatureSource, second_look
 from coloss.train.method import Method
 from coloss.train.state import State
+
+# Samples that the meters of embeddings look at, how many of them in views, and in how many.
+_METERED, _VIEWED, _VIEWS = 4096, 256, 10
 
 
 class ViewMethod(Method):
@@ -119,6 +134,45 @@ class ViewMethod(Method):
         left = {"embeddings": embeddings.detach().flatten(1), "embedding_views": self._count}
         state.batch = replace(state.batch, extras={**state.batch.extras, **left})
         return self.view_terms(embeddings.unflatten(0, (self._count, -1)), state)
+
+    @torch.no_grad()
+    def report(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """Meters of the projected embeddings, to choose among runs of one method without labels.
+
+        Args:
+            model: the trained model.
+            data: the training data. At most 4,096 samples are embedded as they are, in eval mode, and 10 random views of 256 of them.
+
+        Returns:
+            `embedding_rankme`, `embedding_std` (`feature_standard_deviation`), `embedding_uniformity` and `embedding_scale` (root mean
+            square distance to the mean) of the samples; `embedding_lidar` and `embedding_alignment` of the views. NaN for embeddings that
+            are not finite; nothing for data that are no `IndexedDataset` of single tensors.
+        """
+        if not isinstance(data, IndexedDataset) or not isinstance(data.inputs, Tensor):
+            return {}
+        generator = torch.Generator().manual_seed(0)
+        inputs = data.inputs[torch.randperm(len(data), generator=generator)[:_METERED]]
+        rows = self._embedded(model, inputs)
+        views: list[Tensor] = []
+        while len(views) < _VIEWS:
+            views.extend(stacked_views(self.view, inputs[:_VIEWED], generator))
+        seen = self._embedded(model, torch.cat(views[:_VIEWS])).unflatten(0, (_VIEWS, -1))
+        names = ("rankme", "std", "uniformity", "scale", "lidar", "alignment")
+        if len(rows) < 2 or not bool(rows.isfinite().all() and seen.isfinite().all()):
+            return {f"embedding_{name}": math.nan for name in names}
+        values = (
+            rankme(rows),
+            feature_standard_deviation(rows),
+            uniformity(rows),
+            rows.double().var(0, correction=0).sum().sqrt(),
+            lidar(seen.transpose(0, 1)),
+            alignment(seen[0], seen[1]),
+        )
+        return {f"embedding_{name}": float(value) for name, value in zip(names, values)}
+
+    def _embedded(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        features = extract_features(model, inputs, self.source.place).features
+        return extract_features(self.projector, features).features
 
     def sample_ids(self, state: State) -> Int[Tensor, " samples"] | None:
         """Ids of the samples that the views of this step were made of; None where the data give none."""

@@ -57,7 +57,7 @@ def gram_route(samples: int, features: int) -> Callable[[], float]:
         >>> 1 <= gram_route(samples=64, features=4)() <= 4
         True
     """
-    from coloss.jepa import rankme
+    from coloss.metrics import rankme
 
     return _ready(samples, features, rankme)
 

@@ -23,6 +23,8 @@ BENCHMARKS = {
     "slices": "coloss.lab.benchmarks.slices.measure",
     "output-layer": "coloss.lab.benchmarks.output_layer.measure",
     "meta-nodes": "coloss.lab.benchmarks.meta_nodes.measure",
+    "block-attention": "coloss.lab.benchmarks.block_attention.measure",
+    "mutual-information": "coloss.lab.benchmarks.mutual_information.measure",
 }
 
 
