@@ -1,12 +1,8 @@
 """Trains an encoder for any data set without its labels, stores it, and judges what was stored: behind `coloss run lejepa`."""
 
-import json
-import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +10,14 @@ from torch import nn
 from coloss.data import Splits, load
 from coloss.errors import InputError
 from coloss.jepa.lejepa import LeJEPA
-from coloss.jepa.rankme import rankme
-from coloss.metrics import evaluate_encoder, extract_features, feature_standard_deviation, ridge_probe
+from coloss.jepa.run_folder import claim_folder, read_run, source_name, write_metrics
+from coloss.metrics import (
+    evaluate_encoder,
+    extract_features,
+    feature_standard_deviation,
+    rankme,
+    ridge_probe,
+)
 from coloss.nn import MLP, ConvNet
 from coloss.train.budget import Budget
 from coloss.train.checkpoint import load_model, save_model
@@ -65,10 +67,11 @@ def load_encoder(folder: str | Path) -> nn.Module:
         torch.Size([3, 64])
     """
     folder = Path(folder)
-    try:
-        shape = json.loads((folder / "run.json").read_text())["input_shape"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} holds no encoder that can be read ({error})") from error
+    shape = read_run(folder).get("input_shape")
+    if shape is None:
+        raise InputError(
+            f"{folder} holds no encoder that can be read (run.json does not give its input_shape)"
+        )
     return load_model(encoder_for_shape(shape), folder / "encoder.safetensors").eval()
 
 
@@ -116,9 +119,7 @@ def pretrain_lejepa(
             f"data must have one class or number for each sample, to judge the encoder by, got a {splits.kind} set"
         )
     folder = Path(folder)
-    _claim_folder(
-        folder, {"data": _same_everywhere(data), "seed": seed, "input_shape": list(splits.input_shape)}
-    )
+    claim_folder(folder, {"data": source_name(data), "seed": seed, "input_shape": list(splits.input_shape)})
     if budget is None:
         epoch = max(len(splits.train) // _BATCH_SIZE, 1)
         budget = Budget(steps=min(max(20 * epoch, 300), 2000))
@@ -143,7 +144,7 @@ def pretrain_lejepa(
     metrics |= {"rankme": float(rankme(features)), "rankme_embeddings": float(rankme(embeddings))}
     for name, encoder in (("raw", nn.Flatten()), ("untrained", _seeded_encoder(splits, seed))):
         metrics |= {f"{name}_{metric}": value for metric, value in _judge(encoder, splits).items()}
-    _write(folder / "metrics.json", {name: v if math.isfinite(v) else None for name, v in metrics.items()})
+    write_metrics(folder, metrics)
     return metrics
 
 
@@ -161,34 +162,3 @@ def _seeded_encoder(splits: Splits, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return encoder_for_shape(splits.input_shape)
-
-
-def _same_everywhere(data: str) -> str:
-    """A path in full, so that the same file is known again from another working directory."""
-    return str(Path(data).resolve()) if Path(data).exists() else data
-
-
-def _claim_folder(folder: Path, run: dict[str, Any]) -> None:
-    """Write down what the folder is for; refuse one that is for something else."""
-    path = folder / "run.json"
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}): choose another folder") from error
-        if stored != run:
-            raise InputError(
-                f"{folder} holds a run on {stored.get('data')!r} with seed {stored.get('seed')}: choose another folder"
-            )
-        return
-    _write(path, run)
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -9,8 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coloss.errors import InputError
-from coloss.jepa.rankme import entropy_rank, participation_ratio, rankme, stable_rank
-from coloss.metrics import feature_standard_deviation
+from coloss.metrics import (
+    entropy_rank,
+    feature_standard_deviation,
+    participation_ratio,
+    rankme,
+    stable_rank,
+)
 from coloss.ops import gather_with_gradient, world_size
 from coloss.train.feature_source import FeatureSource
 from coloss.train.method import Method
