@@ -97,5 +97,5 @@ def test_bad_input_is_refused(plays, tmp_path):
     folder = tmp_path / "audit"
     folder.mkdir()
     (folder / "run.json").write_text('{"data": "other", "seed": 3}')
-    with pytest.raises(InputError, match="holds another audit .of 'other', seed 3.: choose another folder"):
+    with pytest.raises(InputError, match="holds a run on 'other' with seed 3: choose another folder"):
         audit_recommender(str(plays), folder, **QUICK)

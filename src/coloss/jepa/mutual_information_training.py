@@ -22,9 +22,9 @@ from coloss.jepa.mutual_information_report import (
     mean_squared_error,
     rank_agreement,
 )
-from coloss.jepa.run_folder import claim_folder, source_name, write_metrics
 from coloss.train.budget import Budget
 from coloss.train.loop import Fit, fit
+from coloss.train.run_folder import claim_folder, source_name, write_metrics
 from coloss.train.schedules import cosine
 
 # Sets are drawn as they are needed, so no budget comes to the end of them.

@@ -10,7 +10,6 @@ from torch import nn
 from coloss.data import Splits, load
 from coloss.errors import InputError
 from coloss.jepa.lejepa import LeJEPA
-from coloss.jepa.run_folder import claim_folder, read_run, source_name, write_metrics
 from coloss.metrics import (
     evaluate_encoder,
     extract_features,
@@ -22,6 +21,7 @@ from coloss.nn import MLP, ConvNet
 from coloss.train.budget import Budget
 from coloss.train.checkpoint import load_model, save_model
 from coloss.train.loop import fit
+from coloss.train.run_folder import claim_folder, read_run, source_name, write_metrics
 from coloss.train.schedules import cosine
 
 _BATCH_SIZE = 128

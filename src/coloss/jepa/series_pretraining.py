@@ -7,7 +7,6 @@ from typing import Any
 from coloss.errors import InputError
 from coloss.jepa.few_label_probes import few_label_probes
 from coloss.jepa.masked_prediction import find_token_encoder
-from coloss.jepa.run_folder import claim_folder, read_run, source_name, write_metrics
 from coloss.jepa.series_data import SeriesSet, read_series
 from coloss.jepa.series_model import SeriesModel, fine_tune_series
 from coloss.jepa.series_prediction import default_patch_size, new_series_encoder, train_series_encoder
@@ -22,6 +21,7 @@ from coloss.metrics import (
 )
 from coloss.train.budget import Budget
 from coloss.train.checkpoint import load_model, save_model
+from coloss.train.run_folder import claim_folder, read_run, source_name, write_metrics
 
 _BATCH_SIZE = 32
 

@@ -18,10 +18,10 @@ from coloss.data.sources import labelled
 from coloss.data.splitting import part_numbers, split_rows
 from coloss.data.tables import TARGET_COLUMNS, encode_targets, require_rows
 from coloss.errors import InputError
-from coloss.jepa.run_folder import claim_folder, source_name, write_metrics
 from coloss.jepa.table_transformer import TJEPATransformer
 from coloss.metrics import label_budget
 from coloss.train.budget import Budget
+from coloss.train.run_folder import claim_folder, source_name, write_metrics
 
 FEW, MANY = 100, 5000
 """Labelled rows that judges learn from; the fewer where there are not so many."""

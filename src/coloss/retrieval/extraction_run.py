@@ -1,6 +1,5 @@
 """Audits a recommender of one's own interactions against imitation, and stores what came out: behind `coloss run recsys-extraction`."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,9 @@ from coloss.nn import SequentialRecommender, next_item_loss
 from coloss.retrieval.counted_target import NO_DEFENCE, Defence
 from coloss.retrieval.extraction_audit import ExtractionAudit
 from coloss.train import Budget, cosine, fit
+from coloss.train.atomic_text import write_atomically
 from coloss.train.checkpoint import save_model
+from coloss.train.run_folder import claim_folder, source_name, write_metrics
 
 K = 10
 """Items that the recommender and its copies are compared on."""
@@ -100,8 +101,8 @@ def audit_recommender(
     folder = Path(folder)
     options = {"queries": queries, "copy_steps": copy_steps, "own_target": target is not None}
     steps = budget.as_dict() if budget is not None else None
-    source = data if named else str(Path(data).expanduser().resolve())
-    _claim(folder, {"data": source, "users": len(order), "seed": seed, "budget": steps, **options})
+    source = data if named else source_name(str(Path(data).expanduser()))
+    claim_folder(folder, {"data": source, "seed": seed, "users": len(order), "budget": steps, **options})
     histories = splits.test.subset(held_out)
     if target is None:
         train = splits.train.subset(owned)
@@ -141,7 +142,7 @@ def audit_recommender(
     for row in table.to_dict("records"):
         defence = "" if row["defence"] == NO_DEFENCE.name else f", {row['defence']}"
         metrics[f"agreement@{K} {row['strategy']}{defence}"] = float(row[f"agreement@{K}"])
-    _write(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_metrics(folder, metrics)
     return metrics
 
 
@@ -153,33 +154,7 @@ def _table(audit: ExtractionAudit, path: Path, progress: Callable[[float], None]
         rows = pd.read_csv(path, keep_default_na=False).to_dict("records")
     for number, step in enumerate(plan[len(rows) :], len(rows) + 1):
         rows.append(audit.row(*step))
-        _write(path, pd.DataFrame(rows).to_csv(index=False))
+        write_atomically(path, pd.DataFrame(rows).to_csv(index=False))
         if progress is not None:
             progress(1 / 3 + 2 / 3 * number / len(plan))
     return pd.DataFrame(rows)
-
-
-def _claim(folder: Path, audit: dict[str, Any]) -> None:
-    """Write down what the folder is for; refuse one that is for something else."""
-    path = folder / "run.json"
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}): choose another folder") from error
-        if stored != audit:
-            raise InputError(
-                f"{folder} holds another audit (of {stored.get('data')!r}, seed {stored.get('seed')}): choose another folder"
-            )
-        return
-    _write(path, json.dumps(audit, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

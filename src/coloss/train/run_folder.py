@@ -1,13 +1,13 @@
-"""What a folder of a pretraining run holds besides weights and checkpoints: what it is for, and the metrics. Behind `coloss run`."""
+"""What a folder of `coloss run` holds besides weights and checkpoints: what it is for, and the metrics."""
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from coloss.errors import InputError
+from coloss.train.atomic_text import write_atomically
 
 
 def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
@@ -93,10 +93,4 @@ def source_name(data: str) -> str:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
