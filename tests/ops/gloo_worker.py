@@ -1,14 +1,8 @@
-"""One of the processes that `test_distributed` starts; writes what it saw to a safetensors file.
+"""What each of the processes of `test_distributed` computes."""
 
-Usage: gloo_worker.py RANK WORLD_SIZE INIT_FILE INPUT_FILE OUTPUT_FILE
-"""
-
-import sys
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,11 +85,3 @@ def observe(number: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     (second,) = torch.autograd.grad(first.sum(), x)
     seen["second"] = second
     return {name: value.contiguous() for name, value in seen.items()}
-
-
-if __name__ == "__main__":
-    number, count = int(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=number, world_size=count)
-    save_file(observe(number, load_file(sys.argv[4])), sys.argv[5])
-    dist.destroy_process_group()

@@ -1,14 +1,8 @@
-"""One of the processes that `test_ring` starts; writes losses and gradients of its rows to a safetensors file.
+"""What each of the processes of `test_ring` computes."""
 
-Usage: ring_worker.py RANK WORLD_SIZE INIT_FILE INPUT_FILE OUTPUT_FILE
-"""
-
-import sys
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coloss.ops import (
@@ -80,13 +74,3 @@ def observe(inputs: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
         for key, leaf in (("queries", x), ("keys", y), ("temperature", temperature)):
             seen[f"{name}.{key}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     return seen
-
-
-if __name__ == "__main__":
-    number, count = int(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=number, world_size=count)
-    given = load_file(sys.argv[4])
-    edges = given[f"edges_{count}"].tolist()
-    save_file(observe(given, slice(edges[number], edges[number + 1])), sys.argv[5])
-    dist.destroy_process_group()

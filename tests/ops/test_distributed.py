@@ -1,15 +1,12 @@
 """Facts about statistics over processes: two gloo processes see what one sees on the joined batch."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from contract import run_processes
 from torch import Tensor
 
 from coloss.ops import (
@@ -55,28 +52,10 @@ def inputs() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def seen(inputs, tmp_path_factory) -> list[dict[str, Tensor]]:
     """What each of two processes saw."""
-    folder = tmp_path_factory.mktemp("gloo")
-    save_file(inputs, folder / "inputs.safetensors")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    outputs = [folder / f"{number}.safetensors" for number in range(2)]
-    common = [folder / "rendezvous", folder / "inputs.safetensors"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(number), "2", *common, output],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number, output in enumerate(outputs)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    return [load_file(output) for output in outputs]
+    worker = worker_module()
+    return run_processes(
+        lambda fabric: worker.observe(fabric.global_rank, inputs), tmp_path_factory.mktemp("gloo")
+    )
 
 
 def test_one_process_is_not_a_group():

@@ -1,16 +1,13 @@
 """Facts about losses whose keys travel from process to process: two and three processes get what one gets of the joined batch."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from contract import run_processes
 from torch import Tensor
 
 WORKER = Path(__file__).with_name("ring_worker.py")
@@ -41,7 +38,6 @@ def inputs() -> dict[str, Tensor]:
         "targets": targets,
         "positives": torch.tensor([[0, 0, 2, 5, 9, 10], [3, 9, 2, 0, 1, 10]]),
         "temperature": torch.tensor(0.3, dtype=torch.float64),
-        **{f"edges_{count}": torch.tensor(edges) for count, edges in EDGES.items()},
     }
 
 
@@ -53,23 +49,13 @@ def alone(inputs) -> dict[str, Tensor]:
 @pytest.fixture(scope="module", params=[2, 3])
 def seen(request, inputs, tmp_path_factory) -> tuple[int, list[dict[str, Tensor]]]:
     count = request.param
-    folder = tmp_path_factory.mktemp("ring")
-    save_file(inputs, folder / "inputs.safetensors")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    common = [str(folder / name) for name in ("store", "inputs.safetensors")]
-    outputs = [folder / f"{number}.safetensors" for number in range(count)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(number), str(count), *common, str(output)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for number, output in enumerate(outputs)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, errors
-    return count, [load_file(output) for output in outputs]
+    worker, edges = worker_module(), EDGES[count]
+    found = run_processes(
+        lambda fabric: worker.observe(inputs, slice(*edges[fabric.global_rank : fabric.global_rank + 2])),
+        tmp_path_factory.mktemp("ring"),
+        count,
+    )
+    return count, found
 
 
 @pytest.mark.parametrize("name", sorted(worker_module().losses({}, 0)))

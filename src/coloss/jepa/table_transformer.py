@@ -23,6 +23,7 @@ from coloss.jepa.rank_monitor import CollapseWarning
 from coloss.jepa.table_prediction import TabularJEPA
 from coloss.metrics import extract_features
 from coloss.nn import TokenEncoder, token_encoder_for_shape
+from coloss.train.atomic_text import write_atomically
 from coloss.train.budget import Budget
 from coloss.train.checkpoint import load_model, save_model
 from coloss.train.loop import fit
@@ -229,12 +230,7 @@ class TJEPATransformer(TransformerMixin, BaseEstimator):
         }
         folder = Path(folder)
         save_model(self.encoder_, folder / _WEIGHTS)
-        temporary = folder / f".{_DESCRIPTION}"
-        try:
-            temporary.write_text(json.dumps(description, indent=1, default=_plain) + "\n", encoding="utf-8")
-            temporary.replace(folder / _DESCRIPTION)
-        except OSError as error:
-            raise InputError(f"cannot write {folder / _DESCRIPTION}: {error.strerror or error}") from error
+        write_atomically(folder / _DESCRIPTION, json.dumps(description, indent=1, default=_plain) + "\n")
         return folder
 
     @classmethod
