@@ -123,6 +123,11 @@ def test_what_is_never_learned_comes_last() -> None:
     assert audit.jepa_times[2].isnan() and audit.jepa_times[0].isinf()
     assert set(audit.jepa_order.tolist()[3:]) == {0, 4}
     assert audit.mae_order.tolist()[:3] == [3, 1, 2]
+    table = audit.table()
+    assert table.index.tolist() == audit.jepa_order.tolist()
+    assert table["jepa_place"].tolist() == [1, 2, 3, 4, 5]
+    assert [table["mae_place"][feature] for feature in audit.mae_order.tolist()] == [1, 2, 3, 4, 5]
+    assert table["jepa_time"][3] == audit.jepa_times[3] and table["covariance"][3] == moments.covariance[3]
 
 
 def test_it_warns_of_moments_off_the_diagonal_only() -> None:

@@ -31,6 +31,7 @@ is variance of x that y does not share, not wrong labels. Give the audit all row
 import warnings
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -67,6 +68,29 @@ class FeatureAudit(NamedTuple):
     mae_times: Tensor
     jepa_order: Tensor
     mae_order: Tensor
+
+    def table(self) -> pd.DataFrame:
+        """One row for each feature, in the order of latent prediction, and when reconstruction would learn it.
+
+        Returns:
+            Index `feature`; columns `covariance`, `regression`, `jepa_place` and `mae_place` (from 1) and `jepa_time` and `mae_time`.
+
+        Examples:
+            >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0])
+            >>> audit_features(x, x, basis=None).table()["jepa_place"].to_dict()
+            {1: 1, 0: 2}
+        """
+        order = self.jepa_order
+        columns = {
+            "covariance": self.moments.covariance,
+            "regression": self.moments.regression,
+            "jepa_place": order.argsort() + 1,
+            "mae_place": self.mae_order.argsort() + 1,
+            "jepa_time": self.jepa_times,
+            "mae_time": self.mae_times,
+        }
+        found = pd.DataFrame({name: values[order].numpy() for name, values in columns.items()})
+        return found.set_index(pd.Index(order.numpy(), name="feature"))
 
 
 def learning_order(
@@ -140,6 +164,8 @@ def audit_features(
         >>> audit = audit_features(shared + noise[0], shared + noise[1], basis=None)
         >>> audit.jepa_order.tolist(), audit.moments.off_diagonal < 0.01
         ([0, 1, 2], True)
+        >>> list(audit.table().columns[:4])  # a table to look at
+        ['covariance', 'regression', 'jepa_place', 'mae_place']
     """
     if not 0 <= max_off_diagonal <= 1:
         raise InputError(f"max_off_diagonal must be in [0, 1], got {max_off_diagonal}")
