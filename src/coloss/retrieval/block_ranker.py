@@ -183,4 +183,10 @@ CLAIM = Claim(
         Arm("block attention and ranking loss", lambda setting: [AttentionRanking(weight=1.0)]),
         Arm("dense causal attention", lambda setting: [_CausalAttention()]),
     ),
+    tried=(
+        "Settings were first chosen with looks at test prompts of seed 0. A search afterwards with equal care, on prompts from training articles "
+        "that nobody trained on, seeds 100 and 101: learning rates 0.001, 0.003, 0.005 and 0.01 with weights 0, 0.1 and 1. Without the ranking "
+        "loss the attention stays at chance at every rate (0.10 to 0.14), so no setting is missing there; with weight 1 it is at 0.77 and 0.69 (rate 0.003) and 0.74 and 0.73 (0.005, the claim's), "
+        "with weight 0.1 at 0.25 to 0.51."
+    ),
 )
