@@ -226,3 +226,10 @@ def test_all_benchmarks_or_one_are_run_and_printed(monkeypatch):
 def test_an_unknown_benchmark_is_refused_with_the_names_there_are():
     with pytest.raises(InputError, match="no benchmark named 'rank-me'; did you mean 'rankme'"):
         runner.run_benchmarks("rank-me", Console(file=StringIO()))
+
+
+def test_no_ratio_is_told_over_a_reference_of_zero():
+    """A case that is small enough takes no memory beyond what its process already holds."""
+    assert Row.of("some", [1.0, 2.0], "MB", over=[0.0, 4.0]).ratio is None
+    assert Row.of("none", [0.0, 0.0], "MB", over=[0.0, 0.0]).ratio is None
+    json.dumps(Row.of("none", [0.0], "MB", over=[0.0]).as_dict(), allow_nan=False)

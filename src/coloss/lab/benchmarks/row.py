@@ -17,7 +17,7 @@ class Row:
         low: first quartile of the repeats.
         high: third quartile of the repeats.
         cpu: the same median by the processor time of the process, which other programs on the machine disturb less.
-        ratio: median over the repeats of this case over the reference case of the same repeat.
+        ratio: median over the repeats of this case over the reference case of the same repeat; None if the reference is zero in one.
         limit: the largest (or least, with `at_least`) value that meets the requirement.
         at_least: whether `limit` is a lower limit.
         note: what a reader must know beside the number.
@@ -57,7 +57,7 @@ class Row:
         if figures.size == 0:
             raise ValueError(f"repeats must hold at least one number, got none for {case!r}")
         wall = figures if figures.ndim == 1 else figures[:, 0]
-        reference = None if over is None else np.asarray(over, dtype=np.float64).reshape(figures.shape)
+        reference = None if over is None else np.asarray(over, dtype=np.float64).reshape(len(wall), -1)[:, 0]
         low, value, high = (float(part) for part in np.quantile(wall, [0.25, 0.5, 0.75]))
         return cls(
             case,
@@ -66,9 +66,7 @@ class Row:
             low,
             high,
             cpu=None if figures.ndim == 1 else float(np.median(figures[:, 1])),
-            ratio=None
-            if reference is None
-            else float(np.median((figures / reference).reshape(len(wall), -1)[:, 0])),
+            ratio=None if reference is None else _median_ratio(wall, reference),
             **given,
         )
 
@@ -82,3 +80,8 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Every field and `met`, as JSON values."""
         return asdict(self) | {"met": self.met}
+
+
+def _median_ratio(figures: np.ndarray, reference: np.ndarray) -> float | None:
+    """A small case may take no memory at all beyond what its process holds: nothing can be said over zero."""
+    return float(np.median(figures / reference)) if (reference > 0).all() else None
