@@ -1,13 +1,12 @@
 """Reading retrieved examples: what is shown, what is learnt, and that a query never sees itself."""
 
 import inspect
-import math
 
 import pytest
 import torch
 from contract import check_loops, check_resume, check_two_processes
 from torch import nn
-from torch.nn.functional import cross_entropy, nll_loss, normalize
+from torch.nn.functional import nll_loss
 
 import coloss
 from coloss import Budget, Method
@@ -15,14 +14,13 @@ from coloss.data import Batch, EpisodeSampler, IndexedDataset, Loader, load
 from coloss.errors import InputError
 from coloss.lab.claims import verify
 from coloss.retrieval import (
-    Demonstrated,
+    DemonstrationBank,
     DemonstrationReader,
     DemonstrationTraining,
     LabelVote,
     RetrievalAugmented,
     content_keys,
     evaluate_demonstrations,
-    marginal_nll,
     shuffled_episode,
 )
 from coloss.train import State, load_model, save_model
@@ -47,83 +45,15 @@ def _model(k=3, *, train_retriever=False, hidden=(8,), bank=None, dtype=torch.fl
     return model
 
 
+def _with_unknown_labels():
+    model = _model()
+    model.bank = DemonstrationBank(torch.eye(4), (torch.eye(4), torch.arange(4)))
+    return model
+
+
 def _episodes(data, episodes=4, seed=0):
     sampler = EpisodeSampler(data.targets, ways=3, shots=4, queries=4, episodes=episodes)
     return Loader(data, None, sampler=sampler, seed=seed)
-
-
-def test_output_is_the_mixture_of_readers_worked_out_one_by_one():
-    data = _data()
-    model = _model(bank=data, temperature=0.5)
-    queries = _data(1).inputs[:5]
-    similarity = normalize(model.example_encoder(queries), dim=1) @ normalize(model.bank.embeddings, dim=1).T
-    for row, query in enumerate(queries):
-        scores, places = similarity[row].topk(3)
-        prior = (scores / 0.5).softmax(0)
-        mixture = sum(
-            p * model.reader(query[None], data.inputs[[i]], data.targets[[i]] % 3).softmax(1)[0]
-            for p, i in zip(prior, places.tolist(), strict=True)
-        )
-        torch.testing.assert_close(model(queries)[row].exp(), mixture)
-
-
-def test_outputs_are_normalised_so_both_usual_losses_are_the_marginal_one():
-    data = _data()
-    model = _model(bank=data)
-    outputs, targets = model(data.inputs), data.targets % 3
-    torch.testing.assert_close(outputs.exp().sum(1), torch.ones(60))
-    torch.testing.assert_close(nll_loss(outputs, targets), cross_entropy(outputs, targets))
-    shown = model.demonstrate(data.inputs)
-    logits = torch.stack(
-        [model.reader(shown.inputs, shown.examples[:, j], shown.labels[:, j]) for j in range(3)], 1
-    )
-    right = logits.log_softmax(2)[torch.arange(60), :, targets].unsqueeze(2)
-    torch.testing.assert_close(
-        nll_loss(outputs, targets), marginal_nll(model.scores(shown), right, temperature=model.temperature)
-    )
-
-
-def test_one_example_is_a_plain_classifier_at_any_temperature():
-    data = _data()
-    model = _model(k=1, bank=data, temperature=1e-3)
-    shown = model.demonstrate(data.inputs)
-    plain = model.reader(shown.inputs, shown.examples[:, 0], shown.labels[:, 0]).log_softmax(1)
-    torch.testing.assert_close(model(data.inputs), plain)
-
-
-def test_without_examples_the_query_is_read_once_alone():
-    data = _data()
-    model = _model(bank=data)
-    none = torch.full((60,), -1)
-    alone = model.reader(data.inputs, torch.zeros_like(data.inputs), none).log_softmax(1)
-    torch.testing.assert_close(model(model.demonstrate(data.inputs, choice="none")), alone)
-    few = model.new_bank(data.inputs[:2], data.targets[:2])
-    torch.testing.assert_close(
-        model(model.demonstrate(data.inputs, few)),
-        _model(k=2, bank=data)(model.demonstrate(data.inputs, few)),
-    )
-
-
-def test_prior_is_nearly_one_example_unless_the_temperature_fits_the_scores():
-    data = _data()
-    large = nn.Linear(4, 4, bias=False)
-    nn.init.eye_(large.weight).data.mul_(10)
-    shares = []
-    for temperature in (1.0, 500.0, math.inf):
-        model = RetrievalAugmented(LabelVote(3), None, large, k=3, metric="inner", temperature=temperature)
-        shown = model.demonstrate(data.inputs, model.new_bank(data.inputs, data.targets % 3))
-        shares.append(model.log_prior(shown).exp().amax(1).mean().item())
-    assert shares[0] > 0.9 and shares[1] < 0.6 and shares[2] == pytest.approx(1 / 3)
-
-
-def test_vote_is_the_nearest_neighbour_classifier():
-    data = _data()
-    model = RetrievalAugmented(LabelVote(6), None, nn.Identity(), k=5, temperature=math.inf)
-    model.bank = model.new_bank(data.inputs, data.targets)
-    queries = _data(0).inputs + 0.3
-    similarity = normalize(queries, dim=1) @ normalize(data.inputs, dim=1).T
-    votes = nn.functional.one_hot(data.targets[similarity.topk(5).indices], 6).sum(1) / 5
-    torch.testing.assert_close(model(queries).exp(), votes.float())
 
 
 def test_training_never_shows_a_sample_itself_nor_its_copy():
@@ -220,20 +150,6 @@ def test_retriever_learns_only_where_asked_and_examples_never_move(train_retriev
         assert not torch.equal(model.query_encoder.weight, before)
     else:
         assert model.query_encoder is None
-
-
-def test_gradient_of_the_scores_is_prior_minus_posterior():
-    data = _data()
-    model = _model(train_retriever=True, bank=data, temperature=0.3, dtype=torch.float64, metric="inner")
-    shown, targets = model.demonstrate(data.inputs.double()), data.targets % 3
-    scores = model.scores(shown).detach().requires_grad_()
-    model.scores = lambda shown: scores
-    nll_loss(model(shown), targets, reduction="sum").backward()
-    logits = [model.reader(shown.inputs, shown.examples[:, j], shown.labels[:, j]) for j in range(3)]
-    right = torch.stack(logits, 1).log_softmax(2)[torch.arange(60), :, targets]
-    prior = (scores / 0.3).log_softmax(1)
-    posterior = (prior + right).softmax(1)
-    torch.testing.assert_close(scores.grad, (prior.exp() - posterior) / 0.3)
 
 
 def test_meta_trained_reader_follows_new_labels_of_digits():
@@ -335,56 +251,31 @@ def test_two_processes_share_an_episode(tmp_path, choice):
 
 
 def test_gradients_of_several_episodes_are_averaged():
-    data = _data()
+    """One step of plain gradient descent, against the mean of both episodes' gradients."""
+    by_hand, model = (_model(train_retriever=True, dtype=torch.float64) for _ in range(2))
+    episodes = [(b.inputs.double(), b.targets, b.ids) for b in _episodes(_data(), episodes=2)]
+    generator, gradients = torch.Generator().manual_seed(7), []
+    learnt = [p for p in by_hand.parameters() if p.requires_grad]
+    for inputs, targets, ids in episodes:
+        episode = shuffled_episode(by_hand, inputs, targets, 4, 3, ids=ids, generator=generator)
+        asked = episode.is_query
+        shown = by_hand.demonstrate(inputs[asked], episode.bank, exclude_ids=ids[asked])
+        loss = nll_loss(by_hand(shown), episode.labels[asked])
+        gradients.append(torch.autograd.grad(loss, learnt))
     run = coloss.fit(
-        _model(),
-        _episodes(data),
+        model,
+        episodes,
         methods=[DemonstrationTraining(shots=4)],
-        budget=Budget(epochs=1),
+        budget=Budget(steps=1),
         accumulate=2,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        seed=7,
     )
-    assert run.steps == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_float32_probabilities(dtype):
-    data = _data()
-    model = _model(bank=data, dtype=dtype)
-    outputs = model(data.inputs.to(dtype))
-    assert outputs.dtype == torch.float32
-    torch.testing.assert_close(outputs.exp().sum(1), torch.ones(60))
-    outputs.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.reader.parameters())
-
-
-def test_searching_leaves_no_trace_in_the_encoder_and_no_graph():
-    data = _data()
-    encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-    model = RetrievalAugmented(DemonstrationReader(4, 3), None, encoder, train_retriever=True)
-    model.bank = model.new_bank(data.inputs, data.targets % 3)
-    state = torch.get_rng_state()
-    shown = model.demonstrate(data.inputs)
-    assert isinstance(shown, Demonstrated) and not shown.embeddings.requires_grad
-    assert encoder[1].num_batches_tracked == 0 and encoder.training
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"k": 0}, "k must be >= 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
-        ({"metric": "euclidean"}, 'metric must be "cosine" or "inner", got \'euclidean\''),
-        ({"bank": "inner"}, "metric must be that of the bank, 'inner', got 'cosine'"),
-    ],
-)
-def test_bad_models(options, message):
-    if "bank" in options:
-        options = {"bank": _model(bank=_data(), metric="inner").bank}
-    given_options = {"reader": LabelVote(2), "bank": None, "encoder": nn.Identity()} | options
-    model = RetrievalAugmented.__new__(RetrievalAugmented)
-    with pytest.raises(ValueError, match=message):
-        inspect.unwrap(RetrievalAugmented.__init__)(model, **given_options)
+    assert run.steps == 1
+    after = [p for p in model.parameters() if p.requires_grad]
+    for one, other, start, end in zip(*gradients, learnt, after, strict=True):
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(end, start - 0.5 * (one + other) / 2)
 
 
 def test_bad_use():
@@ -393,8 +284,11 @@ def test_bad_use():
         model(data.inputs)
     with pytest.raises(ValueError, match='choice must be "nearest", "random" or "none", got \'worst\''):
         inspect.unwrap(RetrievalAugmented.demonstrate)(
-            model, data.inputs, model.new_bank(data.inputs, data.targets), choice="worst"
+            model, data.inputs, model.new_bank(data.inputs, data.targets % 3), choice="worst"
         )
+    for labels, got in ((torch.arange(60), 59), (torch.full((60,), -2), -2)):
+        with pytest.raises(InputError, match=rf"labels of examples must be in \[0, 3\), .* got {got}"):
+            model.new_bank(data.inputs, labels)
     with pytest.raises(ValueError, match="at most 3 classes, the labels that the reader knows, got 6"):
         shuffled_episode(model, data.inputs, data.targets, 4, 3)
     with pytest.raises(ValueError, match="more than shots = 10 rows"):
@@ -414,6 +308,7 @@ def test_bad_use():
     [
         (lambda: nn.Linear(4, 3), 4, None, "the model must be a RetrievalAugmented, got Linear"),
         (_model, None, None, "the model must have a bank, or batches must be episodes"),
+        (_with_unknown_labels, None, None, r"labels of examples must be in \[0, 3\), .* got 3"),
         (_model, 4, (torch.zeros(8, 4), torch.zeros(8)), "a class index for each sample as targets"),
         (_model, 4, (torch.zeros(8, 4), torch.arange(8)), "at most 3 classes"),
         (_model, 9, (torch.zeros(8, 4), torch.arange(8) % 2), "more than shots = 9 rows"),

@@ -94,6 +94,28 @@ def test_a_search_finds_the_best_of_all_documents(build):
     torch.testing.assert_close(scores.gather(1, left), kept.topk(10).values)
 
 
+@pytest.mark.parametrize("build", [dense, late])
+def test_many_queries_are_searched_for_in_parts(build, monkeypatch: pytest.MonkeyPatch):
+    retriever, queries, documents = build()
+    index, own, numbers = retriever.encode_documents(documents), torch.arange(9), torch.arange(700) % 9
+    whole = retriever.search(queries, index, 10), retriever.search(queries, index, 10, (own, numbers))
+    sizes = []
+    tower = retriever.encoder.query_encoder if build is dense else retriever.query_tower
+    tower.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr("coloss.retrieval.document_scorers.ENCODED_AT_ONCE", 4)
+    parts = retriever.search(queries, index, 10), retriever.search(queries, index, 10, (own, numbers))
+    assert sizes == [4, 4, 1, 4, 4, 1]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("build", [dense, late])
+def test_no_queries_have_no_scores(build):
+    retriever, queries, documents = build()
+    assert retriever(queries[:0], documents[:0, None].expand(0, 3, *documents.shape[1:])).shape == (0, 3)
+    assert retriever.search(queries[:0], retriever.encode_documents(documents), 10).shape == (0, 10)
+
+
 def test_bad_input_is_refused(as_users_call):
     with pytest.raises(TypeError, match="encoder must have a method encode_query, got Linear"):
         DenseRetriever(nn.Linear(2, 2))

@@ -217,6 +217,27 @@ def test_queries_alone_are_searched_for_at_each_step_without_themselves():
     assert model.index is None
 
 
+@pytest.mark.parametrize("refresh", [None, 2])
+def test_copies_of_a_question_are_not_searched_for(refresh: int | None):
+    """Trap: a copy under another number hands over the answer as the question itself would."""
+    model = new_model()
+    model.documents[20:] = model.documents[:20]
+    ids = torch.arange(20).repeat(2)
+    method = JointRetrieval(n_sampled=4, refresh_every=refresh, document_ids=ids)
+    step = TrainingStep(model, F.cross_entropy, [method])
+    step(Batch(model.documents, ids % 3, torch.arange(40), {"own_document": ids}))
+    assert not (ids[step.state.batch.inputs[1]] == ids[:, None]).any()
+    assert not any("document_ids" in name for name in step.state_dict())
+
+
+def test_the_marginal_needs_no_more_candidates_than_it_reads():
+    """What is drawn is a diagnostic there."""
+    data = with_candidates(new_model(), new_data(), 3).all()
+    step = TrainingStep(new_model(), F.cross_entropy, [JointRetrieval(kind="marginal", n_sampled=10)])
+    assert step(data)["cross_entropy"].isfinite()
+    assert -1 <= step.state.take_logged()["agreement"] <= 1
+
+
 def test_the_index_is_old_until_it_is_refreshed():
     model = new_model()
     method = JointRetrieval(n_sampled=4, refresh_every=2)
@@ -322,6 +343,8 @@ def test_bad_options_are_refused(options: dict, message: str, as_users_call):
 def test_bad_runs_are_refused():
     with pytest.raises(InputError, match="the model must be a RetrievalReader, got Linear"):
         TrainingStep(nn.Linear(2, 2), F.cross_entropy, [JointRetrieval()])
+    with pytest.raises(InputError, match=r"document_ids must have shape \(40,\), got \(39,\)"):
+        TrainingStep(new_model(), F.cross_entropy, [JointRetrieval(document_ids=torch.arange(39))])
     step = TrainingStep(new_model(), F.cross_entropy, [JointRetrieval(n_sampled=10)])
     with pytest.raises(
         InputError, match=r"n_sampled must fit the candidates of each query: n must be in \[0, 8\]"

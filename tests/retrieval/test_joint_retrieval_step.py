@@ -157,6 +157,48 @@ def test_tokens_are_averaged_for_the_order_and_summed_in_the_marginal():
         torch.testing.assert_close(found["agreement"], reader_agreement(scores, means).mean())
 
 
+def test_losses_in_half_precision_are_averaged_in_full():
+    """In bfloat16 both means would round to 1, and the pair would be a tie."""
+    costs = torch.ones(1, 2, 4, dtype=torch.bfloat16)
+    costs[0, 0, 0] += 2**-7
+    scores = torch.tensor([[-3.0, 3.0]], requires_grad=True)
+
+    def read(queries: Tensor, found: Tensor, targets: Tensor) -> Tensor:
+        return costs[queries.long(), found[:, -1].long()]
+
+    step = JointRetrievalStep(lambda queries, found: scores, read, 2, 1)
+    for mask in (None, torch.ones(1, 4, dtype=torch.bool)):
+        found = step(torch.arange(1), torch.arange(2).expand(1, 2), torch.zeros(1), token_mask=mask)
+        assert found["agreement"] == 1.0 and found["reader_loss"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "listwise", "marginal"])
+def test_an_answer_without_a_token_teaches_nothing(kind: str):
+    torch.manual_seed(0)
+    scores = torch.randn(3, 4, requires_grad=True)
+    costs = torch.rand(3, 4, 2)
+    mask = torch.tensor([[True, True], [False, False], [True, False]])
+
+    def read(queries: Tensor, found: Tensor, targets: Tensor) -> Tensor:
+        return costs[queries.long(), found[:, -1].long()]
+
+    def go(rows: list[int]) -> dict[str, Tensor]:
+        step = JointRetrievalStep(lambda queries, found: scores[rows], read, 4, 1, kind=kind)
+        return step(
+            torch.tensor(rows),
+            torch.arange(4).expand(len(rows), 4),
+            torch.zeros(len(rows)),
+            token_mask=mask[rows],
+        )
+
+    found, without = go([0, 1, 2]), go([0, 2])
+    torch.testing.assert_close(found["reader_loss"], without["reader_loss"])
+    torch.testing.assert_close(found["agreement"], without["agreement"])
+    assert not torch.autograd.grad(found["loss"], scores)[0][1].any()
+    nothing = go([1])
+    assert nothing["loss"] == 0.0 and nothing["agreement"].isnan()
+
+
 def test_documents_may_be_nests_and_some_may_be_missing():
     queries, documents, targets = new_batch(6)
     ignore = torch.zeros(5, 6, dtype=torch.bool)

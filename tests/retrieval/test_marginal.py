@@ -155,6 +155,22 @@ def test_queries_without_documents_or_tokens_do_not_count(level):
     assert nothing.item() == 0 and nothing.requires_grad
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_not_missing_documents(value):
+    logits, logprobs, mask = _case()
+    logits[0, 1] = value
+    readers = logprobs.log_softmax(2)
+    for level in ("token", "sequence"):
+        losses = marginal_nll(logits, logprobs, mask, level, reduction="none")
+        assert losses.isnan().tolist() == [True, False, False]
+        assert marginal_nll(logits[:1], logprobs[:1], mask[:1], level).isnan()
+    assert marginal_class_log_probs(logits, readers).isnan().all(1).tolist() == [True, False, False]
+    ignore = torch.zeros(3, 4, dtype=torch.bool)
+    ignore[0, 1] = True
+    assert marginal_nll(logits, logprobs, mask, ignore=ignore).isfinite()
+    assert marginal_class_log_probs(logits, readers, ignore=ignore).isfinite().all()
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_extreme_values_stay_finite_and_impossible_answers_are_infinite(level):
     logits = torch.tensor([[1e4, -1e4]], requires_grad=True)

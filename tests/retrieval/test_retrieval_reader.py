@@ -6,8 +6,15 @@ from torch import nn
 
 from coloss.data import IndexedDataset
 from coloss.errors import InputError
-from coloss.nn import DualEncoder
-from coloss.retrieval import DenseRetriever, MeanReader, RetrievalReader, with_candidates
+from coloss.nn import DualEncoder, TokenEncoder, Words
+from coloss.retrieval import (
+    DenseRetriever,
+    LateInteractionRetriever,
+    MeanReader,
+    RetrievalReader,
+    TokenTower,
+    with_candidates,
+)
 
 
 def new_model(**options) -> RetrievalReader:
@@ -113,5 +120,49 @@ def test_bad_input_is_refused(as_users_call):
     queries = torch.randn(2, 4)
     with pytest.raises(InputError, match="candidates must be at least n_used 3 for each query, got 2"):
         model((queries, torch.zeros(2, 2, dtype=torch.int64)))
-    with pytest.raises(InputError, match="every query needs 8 documents that are not excluded"):
+
+
+def late_model() -> RetrievalReader:
+    tower = TokenTower(TokenEncoder(Words(50, 8, max_length=4), 8, 1, 2, pool="none"), dim=4)
+    words = torch.randint(1, 50, (30, 4))
+    return RetrievalReader(
+        LateInteractionRetriever(tower, tower), nn.Identity(), words, n_candidates=8, n_used=3
+    )
+
+
+@pytest.mark.parametrize("build", [new_model, late_model])
+def test_searches_for_more_than_can_be_found_are_refused(build):
+    model = build()
+    queries, ids = model.documents[:2], torch.arange(30).clamp(max=9)
+    for k, own, fewest in ((0, [50, 0], 29), (10, [0, 9], 9), (-1, [50, 60], 30)):
+        with pytest.raises(InputError, match=rf"k .* must be in \[1, {fewest}\], .* got {k}"):
+            model.search(queries, k, (torch.tensor(own), ids))
+    assert model.search(queries, 9, (torch.tensor([9, 50]), ids)).shape == (2, 9)
+    with pytest.raises(
+        InputError, match=r"k \(n_candidates unless it is given\) must be in \[1, 0\], .* got 8"
+    ):
         model.search(queries, exclude=(torch.zeros(2), torch.zeros(30)))
+    assert model.search(queries, 100).shape == (2, 30)
+
+
+def test_readings_in_half_precision_are_mixed_in_full():
+    """Fractions of bfloat16 would be off by some 1e-3 each."""
+    model = new_model(reading="apart").eval()
+
+    class Half(nn.Module):
+        def forward(self, queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.bfloat16).expand(len(queries), -1)
+
+    model.reader = Half()
+    expected = torch.tensor([0.0, 1.0, 2.0]).log_softmax(0).expand(2, 3)
+    torch.testing.assert_close(model(torch.randn(2, 4)), expected, atol=1e-6, rtol=0)
+
+
+def test_a_kept_index_moves_with_the_module():
+    model = new_model().eval()
+    model.keep_index()
+    before = model.search(model.documents)
+    model.double()
+    assert model.index[0].dtype == torch.float64
+    assert torch.equal(model.search(model.documents), before)
+    assert model.to("meta").index[0].device.type == "meta"

@@ -38,8 +38,9 @@ stand there twice but for case or spaces); examples' embeddings do not move with
 What is left to the user: label words of other tasks that clash with those of the target, and the length of texts (shorten examples, not the
 question). Generation by the token-level marginal needs a decoder that mixes k beams at every step, which is not part of this.
 
-With several processes an episode's examples are gathered from all of them, each reads its share of the queries, and the step is that of one
-process. Gradients of several episodes may be accumulated: `fit(accumulate=4)`. No state beside model and bank.
+With several processes an episode's examples are gathered from all of them and each reads its share of the queries. The step is that of one
+process where the number of processes divides that of an episode's rows; where it does not, a `Loader` leaves out the rows beyond. Gradients
+of several episodes may be accumulated: `fit(accumulate=4)`. No state beside model and bank.
 """
 
 from itertools import chain
@@ -57,7 +58,7 @@ from coloss.metrics.statistics import MeanInterval
 from coloss.ops import gather_with_gradient, rank, world_size
 from coloss.retrieval.demonstration_bank import DemonstrationBank, content_keys
 from coloss.retrieval.demonstration_trial import compare_demonstrations
-from coloss.retrieval.retrieval_augmented import Choice, RetrievalAugmented
+from coloss.retrieval.retrieval_augmented import Choice, RetrievalAugmented, check_labels
 from coloss.train import Claim, Method, State, System
 
 
@@ -146,7 +147,8 @@ class DemonstrationTraining(Method):
         choice: `"nearest"` examples; for comparison `"random"` ones or `"none"`.
 
     Raises:
-        InputError: for a value out of range; in a run, for another model, one without a bank, or batches that are no episodes.
+        InputError: for a value out of range; in a run, for another model, one without a bank, a bank with labels that the reader does not
+            know, or batches that are no episodes.
 
     Cost:
         k forward and backward passes of the reader for each query; the search and its digests take a millisecond or two for an episode.
@@ -192,6 +194,10 @@ class DemonstrationTraining(Method):
             raise InputError(f"the model must be a RetrievalAugmented, got {type(state.model).__name__}")
         if self.shots is None and state.model.bank is None:
             raise InputError("the model must have a bank, or batches must be episodes: give shots")
+        if self.shots is None and state.model.bank is not None:
+            payload = state.model.bank.payload
+            if isinstance(payload, tuple) and len(payload) == 2:
+                check_labels(state.model.reader, payload[1])
 
     def on_batch(self, state: State) -> None:
         model, batch = cast(RetrievalAugmented, state.model), state.batch

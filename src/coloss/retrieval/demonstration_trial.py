@@ -4,7 +4,10 @@ banking77: of the 77 intents, 26 drawn by seed are for the test. Questions are T
 intents, reduced to 64 dimensions by a truncated singular value decomposition of the training questions. In an episode 5 intents have 10
 examples and 7 queries each, and labels are shuffled: nothing but the examples tells which label means what.
 
-Each arm has the temperature that was best for it on validation intents, in draws of other seeds than those that are measured.
+Each arm that is trained and weighs examples unequally has the temperature that was best for it on validation intents, in draws of other seeds
+than those that are measured. The weighted vote borrows that of the retrieved examples, 0.3. Searched for since, its own best is 0.2
+(on validation intents 0.8057 and 0.7791 in the draws of seeds 100 and 101, against 0.8031 and 0.7774); on the seeds that are measured the
+vote stays between 0.7751 and 0.7765 whichever is taken.
 """
 
 import math

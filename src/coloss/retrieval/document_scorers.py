@@ -21,7 +21,8 @@ Index = tuple[Tensor, ...]
 Exclude = tuple[Tensor, Tensor]
 """An id of each query and an id of each document: pairs with equal ids are not found."""
 
-_ENCODED_AT_ONCE = 512
+ENCODED_AT_ONCE = 512
+"""Documents, or queries of a search, that pass through an encoder together."""
 
 
 def late_interaction_scores(
@@ -124,22 +125,26 @@ class DenseRetriever(nn.Module):
         batch, candidates = documents.shape[:2]
         query = full_precision(encoder.encode_query(queries))
         found = full_precision(encoder.encode_document(documents.flatten(0, 1)))
-        return torch.einsum("bd,bkd->bk", query, found.view(batch, candidates, -1))
+        return torch.einsum("bd,bkd->bk", query, found.unflatten(0, (batch, candidates)))
 
     @torch.no_grad()
     def encode_documents(self, documents: Tensor) -> Index:
         """Vectors (documents, dim) of a collection, to be searched."""
         encoder: Any = self.encoder
-        return (torch.cat([encoder.encode_document(part) for part in documents.split(_ENCODED_AT_ONCE)]),)
+        return (torch.cat([encoder.encode_document(part) for part in documents.split(ENCODED_AT_ONCE)]),)
 
     @torch.no_grad()
     def search(
         self, queries: Tensor, index: Index, k: int, exclude: Exclude | None = None
     ) -> Int[Tensor, "batch k"]:
-        """Numbers of the k best documents of each query by exact inner product, best first; -1 where there are fewer."""
+        """Numbers of the k best documents of each query by exact inner product, best first; -1 where there are fewer.
+
+        Cost:
+            Queries pass through the encoder 512 at a time, and are compared in tiles, see `coloss.metrics.nearest_neighbours`.
+        """
         encoder: Any = self.encoder
         return nearest_neighbours(
-            encoder.encode_query(queries),
+            torch.cat([encoder.encode_query(part) for part in queries.split(ENCODED_AT_ONCE)]),
             index[0],
             k,
             metric="inner",
@@ -189,7 +194,7 @@ class LateInteractionRetriever(nn.Module):
     @torch.no_grad()
     def encode_documents(self, documents: Tensor) -> Index:
         """Tokens (documents, tokens, dim) of a collection, and which of them only fill up, to be searched."""
-        parts = [self.document_tower(part) for part in documents.split(_ENCODED_AT_ONCE)]
+        parts = [self.document_tower(part) for part in documents.split(ENCODED_AT_ONCE)]
         values = torch.cat([part.values for part in parts])
         if parts[0].padding is None:
             return (values, torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device))
@@ -203,11 +208,19 @@ class LateInteractionRetriever(nn.Module):
 
         Raises:
             ValueError: if a query has fewer than k documents to find.
+
+        Cost:
+            512 queries at a time with 512 documents at a time: at most 512^2 * query_tokens * document_tokens numbers of memory beside
+            512 * documents scores, however many queries there are.
         """
-        query = self.query_tower(queries)
-        scores = [
-            late_interaction_scores(query.values, values[None], query.padding, padding[None])
-            for values, padding in zip(*(part.split(_ENCODED_AT_ONCE) for part in index), strict=True)
-        ]
-        ignore = None if exclude is None else exclude[0][:, None] == exclude[1]
-        return top_items(torch.cat(scores, 1), k, ignore)
+        found = []
+        for start in range(0, max(len(queries), 1), ENCODED_AT_ONCE):
+            rows = slice(start, start + ENCODED_AT_ONCE)
+            query = self.query_tower(queries[rows])
+            scores = [
+                late_interaction_scores(query.values, values[None], query.padding, padding[None])
+                for values, padding in zip(*(tensor.split(ENCODED_AT_ONCE) for tensor in index), strict=True)
+            ]
+            ignore = None if exclude is None else exclude[0][rows, None] == exclude[1]
+            found.append(top_items(torch.cat(scores, 1), k, ignore))
+        return torch.cat(found)

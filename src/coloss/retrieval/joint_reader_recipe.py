@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +17,31 @@ from coloss.retrieval.joint_retrieval import JointRetrieval
 from coloss.retrieval.joint_retrieval_step import JointKind
 from coloss.retrieval.retrieval_reader import MeanReader, RetrievalReader, with_candidates
 from coloss.train import Budget, cosine, fit, save_model
+from coloss.train.run_folder import claim_folder, source_name
 
-_DIM, _CANDIDATES, _READ = 128, 20, 5
+_DIM, _CANDIDATES, _READ, _TRIED = 128, 20, 5, 10
+_TEMPERATURE = 0.1
 
 
-def small_retrieval_reader(splits: Splits | RetrievalSplits) -> RetrievalReader:
+def small_retrieval_reader(splits: Splits | RetrievalSplits, kind: JointKind = "pairwise") -> RetrievalReader:
     """Linear retriever and small reader for a classification, with its training items and their labels as the collection.
 
     Args:
         splits: of a classification; inputs are flattened.
+        kind: what the retriever learns from, see `JointRetrieval`: with `"marginal"` the model reads documents apart, else together.
 
     Raises:
-        InputError: if the splits are of another kind.
+        InputError: if the splits are of another kind, for an unknown kind of learning, or fewer training items than are read at once.
 
     Examples:
         >>> model = small_retrieval_reader(load("iris"))
         >>> model(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
     """
-    if not isinstance(splits, Splits) or splits.kind != "classification" or splits.num_classes is None:
-        raise InputError(f"data must be a classification to look answers up in, got a {splits.kind} set")
-    items, labels = _flat(splits.train), splits.train.targets
-    assert isinstance(labels, Tensor)
-    features, classes = items.shape[1], splits.num_classes
+    if kind not in get_args(JointKind):
+        raise InputError(f'kind must be "pairwise", "listwise" or "marginal", got {kind!r}')
+    items, labels, classes = _labelled(splits)
+    features = items.shape[1]
     tower = nn.Linear(features, min(_DIM, features), bias=False)
     nn.init.orthogonal_(tower.weight)
     return RetrievalReader(
@@ -48,6 +51,8 @@ def small_retrieval_reader(splits: Splits | RetrievalSplits) -> RetrievalReader:
         torch.cat([items, F.one_hot(labels, classes).to(items.dtype)], 1),
         n_candidates=_CANDIDATES,
         n_used=_READ,
+        reading="apart" if kind == "marginal" else "together",
+        temperature=_TEMPERATURE,
     )
 
 
@@ -67,17 +72,19 @@ def train_retrieval_reader(
     Args:
         data: name of a data set of `coloss.data`, or path of a table with a target.
         folder: for `model.safetensors` and checkpoints; a run that was stopped goes on there. The model is used again by
-            `load_model(small_retrieval_reader(load(data, seed=seed)), folder / "model.safetensors")`.
+            `load_model(small_retrieval_reader(load(data, seed=seed), kind), folder / "model.safetensors")`.
         kind: what the retriever learns from, see `JointRetrieval`.
         budget: default: 300 steps.
         seed: of everything random.
         progress: called with the share that is done.
 
     Returns:
-        Metrics on test items, which are looked up in the whole collection, and `agreement`, the last one logged in training.
+        Metrics on test items, which are looked up in the whole collection, and `agreement`, the last one logged in training; it is absent
+        where none was, as no training item had candidates that differ in score and in what the answer costs the reader.
 
     Raises:
-        InputError: if data are no classification, or cannot be read.
+        InputError: if data are no classification, or cannot be read; if fewer than 5 training items are left for one of them to read, besides
+            itself and its copies; if the folder holds another run.
 
     Examples:
         >>> import tempfile
@@ -86,18 +93,26 @@ def train_retrieval_reader(
         (True, True)
     """
     splits = load(data, seed=seed)
+    items, labels, _ = _labelled(splits)
+    assert isinstance(splits, Splits)
+    _, same, copies = torch.unique(items, dim=0, return_inverse=True, return_counts=True)
+    others = len(items) - int(copies.max())
+    if others < _READ:
+        raise InputError(
+            f"data must leave each training item at least {_READ} others to read that are no copies of it, got {others}: "
+            f"{int(copies.max())} of {len(items)} items are alike"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = small_retrieval_reader(splits)
-    assert isinstance(splits, Splits)
-    items, folder = _flat(splits.train), Path(folder)
-    same = torch.unique(items, dim=0, return_inverse=True)[1]
-    train = with_candidates(model, IndexedDataset(items, splits.train.targets), exclude=(same, same))
+        model = small_retrieval_reader(splits, kind)
+    folder, candidates = Path(folder), min(_CANDIDATES, others)
+    claim_folder(folder, {"data": source_name(str(data)), "seed": seed, "kind": kind})
+    train = with_candidates(model, IndexedDataset(items, labels), candidates, exclude=(same, same))
     run = fit(
         model,
         train,
         F.cross_entropy,
-        [JointRetrieval(kind=kind, temperature=0.1)],
+        [JointRetrieval(kind=kind, n_sampled=min(_TRIED, candidates), temperature=_TEMPERATURE)],
         budget=budget or Budget(steps=300),
         learning_rate_schedule=cosine(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3),
@@ -113,6 +128,15 @@ def train_retrieval_reader(
     metrics = evaluate_classifier(shipped, IndexedDataset(_flat(splits.test), splits.test.targets))
     agreement = [point.metrics["agreement"] for point in run.history if "agreement" in point.metrics]
     return dict(metrics) | ({"agreement": agreement[-1]} if agreement else {})
+
+
+def _labelled(splits: Splits | RetrievalSplits) -> tuple[Tensor, Tensor, int]:
+    """Training items as rows, their labels, and the number of classes."""
+    if not isinstance(splits, Splits) or splits.kind != "classification" or splits.num_classes is None:
+        raise InputError(f"data must be a classification to look answers up in, got a {splits.kind} set")
+    labels = splits.train.targets
+    assert isinstance(labels, Tensor)
+    return _flat(splits.train), labels, splits.num_classes
 
 
 def _flat(part: IndexedDataset) -> Tensor:

@@ -46,6 +46,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from coloss.errors import InputError
@@ -63,24 +64,30 @@ class JointRetrieval(Method):
 
     The objective trains the reader on the documents that the model chose; this method adds the term `rank`, which trains the retriever. With
     `kind="marginal"` it adds none: it lets the model read documents apart, so that the objective (cross-entropy) is the marginal
-    likelihood, which trains both. Logs `agreement`: Kendall's tau of scores and reader losses over the drawn documents, a mean over
-    questions (at every tenth step for `"marginal"`, as it costs a pass there).
+    likelihood, which trains both. A model keeps that reading but its state dict does not hold it: to load such weights, build the model with
+    `reading="apart"` and the temperature of training. Logs `agreement`: Kendall's tau of scores and reader losses over the drawn documents,
+    a mean over questions (at every tenth step for `"marginal"`, as it costs a pass there).
 
     Inputs are `(queries, candidates)`, as `with_candidates` makes them, or queries alone, for which the collection is searched at each step.
-    If the questions themselves stand in the collection, `batch.extras["own_document"]` must hold their numbers, to be left out of searches.
+    If the questions themselves stand in the collection, `batch.extras["own_document"]` must hold their numbers, to be left out of searches;
+    if copies of them may stand there too, give all copies one id in `document_ids`, and that id in place of the number: a copy hands over
+    the answer as well.
 
     Args:
         kind: `"pairwise"`, `"listwise"` or `"marginal"`.
-        n_sampled: documents of each question that the reader tries alone, >= 2 and at most the number of candidates.
+        n_sampled: documents of each question that the reader tries alone, >= 2 and at most the number of candidates (`"marginal"` takes all
+            where there are fewer).
         weight: of the term `rank`: a number >= 0, or a schedule.
         temperature, reader_temperature, margin, rescale: as for `reader_ranked_loss`. The temperature also governs draws and the marginal's
             mixture; for cosines about 0.1.
         reader_loss: `(outputs, targets) -> (rows,)`, the reader's loss of each answer; default: cross-entropy.
         refresh_every: find candidates anew at each step, in a collection that is encoded anew every so many steps; None keeps those given.
+        document_ids: (documents,), an id of each document, equal for copies; `batch.extras["own_document"]` is compared with it. Default: their
+            numbers.
 
     Raises:
-        InputError: for a value out of range; in a run, for a model that is no `RetrievalReader`, fewer candidates than `n_sampled`, or a
-            `reader_loss` that is not one number for each row.
+        InputError: for a value out of range; in a run, for a model that is no `RetrievalReader`, `document_ids` of another number of documents,
+            fewer candidates than `n_sampled`, or a `reader_loss` that is not one number for each row.
 
     Cost:
         n_sampled passes of the reader without a graph, over single documents. A search encodes the collection where the index is not kept.
@@ -121,6 +128,7 @@ class JointRetrieval(Method):
         rescale: Rescale = None,
         reader_loss: Callable[[Any, Any], Tensor] = row_cross_entropy,
         refresh_every: int | None = None,
+        document_ids: Int[Tensor, " documents"] | None = None,
     ) -> None:
         super().__init__()
         try:
@@ -142,12 +150,17 @@ class JointRetrieval(Method):
         self.temperature, self.reader_temperature = temperature, reader_temperature
         self.margin, self.rescale = margin, rescale
         self.reader_loss, self.refresh_every = reader_loss, refresh_every
+        self.document_ids = document_ids
         self.term_weights = {"rank": weight}
 
     def setup(self, state: State) -> None:
         model = state.model
         if not isinstance(model, RetrievalReader):
             raise InputError(f"the model must be a RetrievalReader, got {type(model).__name__}")
+        if self.document_ids is not None and self.document_ids.shape != (len(model.documents),):
+            raise InputError(
+                f"document_ids must have shape ({len(model.documents)},), got {tuple(self.document_ids.shape)}"
+            )
         if self.kind == "marginal":
             model.reading, model.temperature = "apart", self.temperature
         state.tap("retriever_scores", "retriever")
@@ -164,7 +177,8 @@ class JointRetrieval(Method):
         own = state.batch.extras.get("own_document")
         exclude: Exclude | None = None
         if own is not None:
-            exclude = (own, torch.arange(len(model.documents), device=own.device))
+            ids = torch.arange(len(model.documents)) if self.document_ids is None else self.document_ids
+            exclude = (own, ids)
         if self.refresh_every is None:
             candidates = model.search(queries, exclude=exclude)
         else:
@@ -182,9 +196,11 @@ class JointRetrieval(Method):
         if self.kind == "marginal" and state.step % 10:
             return {}
         scores: Tensor = state.features["retriever_scores"]
+        # The marginal is not made of the documents that are drawn: they only say how far the networks agree.
+        drawn_each = min(self.n_sampled, scores.shape[1]) if self.kind == "marginal" else self.n_sampled
         try:
             columns = sample_documents(
-                scores, self.n_sampled, self.temperature, state.local_generator, rescale=self.rescale
+                scores, drawn_each, self.temperature, state.local_generator, rescale=self.rescale
             )
         except ValueError as error:
             raise InputError(f"n_sampled must fit the candidates of each query: {error}") from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from coloss.metrics.inference import evaluation_mode
+from coloss.ops import full_precision
 from coloss.retrieval.marginal import Level, marginal_nll
 from coloss.retrieval.reader_ranked import (
     Rescale,
@@ -49,7 +50,7 @@ class JointRetrievalStep(nn.Module):
         `reader_loss`, `rank_loss` (0 for `"marginal"`, whose one loss is `reader_loss`) and `agreement`, Kendall's tau of scores and reader
         losses over the drawn documents. Queries, targets and documents are tensors or nests of them, with (batch, ...), and
         (batch, K, ...) for documents; `ignore` (batch, K) is True where a document is not there, `token_mask` (batch, tokens)
-        where a token counts.
+        where a token counts. An answer without such a token teaches neither network and enters neither `reader_loss` nor `agreement`.
 
     Raises:
         ValueError: for a value out of range, or fewer candidates than `n_sampled` or `n_used`.
@@ -119,11 +120,13 @@ class JointRetrievalStep(nn.Module):
             scores, self.n_sampled, self.temperature, generator, rescale=self.rescale, ignore=ignore
         )
         drawn = scores.gather(1, columns)
+        answered = scores.new_ones(len(scores), dtype=torch.bool) if token_mask is None else token_mask.any(1)
+        unknown = ~answered.unsqueeze(1).expand_as(drawn)
         if self.kind == "marginal":
             costs = self._alone(queries, documents, targets, columns, token_mask)
             mask = torch.ones_like(costs[:, 0], dtype=torch.bool) if token_mask is None else token_mask
             loss = marginal_nll(drawn, -costs, mask, self.level, temperature=self.temperature)
-            agreement = mean_agreement(drawn, _of_answers(costs.detach(), mask))
+            agreement = mean_agreement(drawn, _of_answers(costs.detach(), mask), unknown)
             return {
                 "loss": loss,
                 "reader_loss": loss,
@@ -144,16 +147,18 @@ class JointRetrievalStep(nn.Module):
             reader_temperature=self.reader_temperature,
             margin=self.margin,
             rescale=self.rescale,
+            ignore=unknown,
         )
         best = best_documents(scores, self.n_used, ignore=ignore)
-        reader_loss = _of_answers(
+        together = _of_answers(
             self.reader_loss(queries, pick_documents(documents, best), targets), token_mask
-        ).mean()
+        )
+        reader_loss = together.sum() / answered.sum().clamp(min=1)
         return {
             "loss": reader_loss + self.weight * rank_loss,
             "reader_loss": reader_loss,
             "rank_loss": rank_loss,
-            "agreement": mean_agreement(drawn, losses),
+            "agreement": mean_agreement(drawn, losses, unknown),
         }
 
     def _alone(
@@ -231,13 +236,17 @@ def check_joint_options(
 
 
 def _of_answers(costs: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Loss of each answer: the mean over its tokens that count, from costs (batch[, documents], tokens); one loss for each is kept."""
+    """Loss of each answer: the mean over its tokens that count, from costs (batch[, documents], tokens); one loss for each is kept.
+
+    At least float32, as sums in half precision make ties; 0 for an answer without a token that counts.
+    """
+    costs = full_precision(costs)
     if token_mask is None:
         return costs if costs.ndim == 1 else costs.mean(-1)
     mask = token_mask if costs.ndim == 2 else token_mask.unsqueeze(1)
     return torch.where(mask, costs, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def mean_agreement(scores: Tensor, losses: Tensor) -> Tensor:
+def mean_agreement(scores: Tensor, losses: Tensor, ignore: Tensor | None = None) -> Tensor:
     """Mean over the queries that have an order; NaN where none has."""
-    return reader_agreement(scores, losses).nanmean()
+    return reader_agreement(scores, losses, ignore=ignore).nanmean()

@@ -39,7 +39,8 @@ def document_log_prior(
     """Log-probability of each retrieved document before the answer is seen: log softmax_k(r_k / tau).
 
     Args:
-        doc_logits: r, scores of the retriever, not divided by the temperature; one of -infinity is a document that is not there.
+        doc_logits: r, scores of the retriever, not divided by the temperature; one of -infinity is a document that is not there. A query
+            with one of NaN or +infinity that is not ignored has no prior: it gets NaN, and so do losses and mixtures.
         ignore: True for documents that are not there; their scores may be anything, NaN included.
         temperature: tau > 0, in the unit of the scores. Inner products of unnormalised embeddings reach tens, which at 1 leaves the
             prior with one document; infinity makes it uniform over the documents that are there.
@@ -132,7 +133,7 @@ def marginal_nll(
             f"mask must have shape (batch, tokens) = {(queries, tokens)}, got {tuple(mask.shape)}"
         )
     log_prior = document_log_prior(doc_logits, ignore=ignore, temperature=temperature)
-    there = log_prior > -math.inf
+    there = log_prior != -math.inf
     counted = there.any(1) & mask.any(1)
     useful = (there & counted.unsqueeze(1)).unsqueeze(2) & mask.unsqueeze(1)
     logprobs = full_precision(token_logprobs).masked_fill(~useful, 0.0)
@@ -181,7 +182,7 @@ def marginal_class_log_probs(
     """
     _check(doc_logits, class_log_probs)
     log_prior = document_log_prior(doc_logits, ignore=ignore, temperature=temperature).unsqueeze(2)
-    there = log_prior > -math.inf
+    there = log_prior != -math.inf
     log_probs = full_precision(class_log_probs).masked_fill(~there, 0.0)
     return masked_logsumexp(log_prior + log_probs, there, dim=1)
 

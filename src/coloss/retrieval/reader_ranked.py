@@ -206,7 +206,7 @@ def best_documents(
         ignore: True for documents that may not be taken.
 
     Returns:
-        int64 columns, the best document last.
+        int64 columns, the best document last; which of equal scores is taken is up to `torch.topk`, and so to the machine.
 
     Raises:
         ValueError: if n is out of range.

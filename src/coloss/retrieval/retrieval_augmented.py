@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from coloss.errors import InputError
 from coloss.metrics import evaluation_mode
 from coloss.nn import MLP, Frozen
 from coloss.ops import full_precision
 from coloss.retrieval.demonstration_bank import DemonstrationBank
+from coloss.retrieval.document_scorers import ENCODED_AT_ONCE
 from coloss.retrieval.marginal import document_log_prior, marginal_class_log_probs
 
 Choice = Literal["nearest", "random", "none"]
@@ -184,8 +186,16 @@ class RetrievalAugmented(nn.Module):
         Args:
             inputs, labels: of the examples.
             ids, content: see `DemonstrationBank`; give the `content_keys` of texts where inputs are features of them.
+
+        Raises:
+            InputError: for a label that the reader does not know.
+            ValueError: as from `DemonstrationBank`.
+
+        Cost:
+            Inputs pass through the encoder 512 at a time.
         """
-        embeddings = self.example_encoder(inputs)
+        check_labels(self.reader, labels)
+        embeddings = torch.cat([self.example_encoder(part) for part in inputs.split(ENCODED_AT_ONCE)])
         return DemonstrationBank(
             embeddings,
             (inputs, labels),
@@ -266,6 +276,22 @@ class RetrievalAugmented(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, temperature={self.temperature}, metric={self.metric!r}"
+
+
+def check_labels(reader: nn.Module, labels: Tensor) -> None:
+    """Refuse labels that a reader cannot take; one that does not say `num_labels` takes all.
+
+    Raises:
+        InputError: naming the rule and the value.
+    """
+    known = getattr(reader, "num_labels", None)
+    if known is None or not labels.numel():
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < -1 or high >= known:
+        raise InputError(
+            f"labels of examples must be in [0, {known}), those that the reader knows, or -1 for none, got {high if high >= known else low}"
+        )
 
 
 def _unread(shown: Demonstrated) -> Bool[Tensor, "queries k"]:

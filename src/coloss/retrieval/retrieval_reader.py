@@ -13,6 +13,7 @@ from coloss.data import IndexedDataset
 from coloss.errors import InputError
 from coloss.metrics.inference import evaluation_mode
 from coloss.nn import MLP
+from coloss.ops import full_precision
 from coloss.retrieval.document_scorers import Exclude, Index
 from coloss.retrieval.joint_retrieval_step import each_alone
 from coloss.retrieval.marginal import marginal_class_log_probs
@@ -101,7 +102,8 @@ class RetrievalReader(nn.Module):
     averaged under the softmax of the scores (`marginal_class_log_probs`). In the first the answer gives the retriever no gradient, as a
     choice has none; in the second it does.
 
-    The collection is data: it moves with the module and is not in its state dict.
+    The collection is data: it moves with the module, as an index that is kept does, and is not in its state dict. Neither are `reading` and
+    `temperature`: build a model that is loaded with those that it had.
 
     Args:
         retriever: `coloss.retrieval.DenseRetriever`, `LateInteractionRetriever`, or a module with the same three methods.
@@ -186,7 +188,7 @@ class RetrievalReader(nn.Module):
             return self.reader(queries, contents)
         logits = self.reader(*each_alone(queries, contents)).unflatten(0, columns.shape)
         return marginal_class_log_probs(
-            scores.gather(1, columns), logits.log_softmax(-1), temperature=self.temperature
+            scores.gather(1, columns), full_precision(logits).log_softmax(-1), temperature=self.temperature
         )
 
     def read_contents(self, numbers: Int[Tensor, "batch n"]) -> Tensor:
@@ -200,24 +202,29 @@ class RetrievalReader(nn.Module):
 
         Args:
             queries: as the retriever takes them.
-            k: at least `n_used`; default: `n_candidates`.
+            k: >= 1, and at least `n_used` if they are to be read; default: `n_candidates`. Capped at the size of the collection.
             exclude: an id of each query and one of each document: pairs with equal ids are not found. Give training queries that stand in
                 the collection their own number, and duplicates of a text one common id, or the retriever learns to look up
                 the query itself.
 
         Raises:
-            InputError: if a query has fewer than k documents to find.
+            InputError: if k < 1, or a query has fewer than k documents to find.
+
+        Cost:
+            The retriever's: ours encode queries 512 at a time, so memory does not grow with the tokens of all of them.
         """
         retriever: Any = self.retriever
         k = min(self.n_candidates if k is None else k, len(self.documents))
+        if exclude is not None:
+            exclude = (exclude[0].to(self.documents.device), exclude[1].to(self.documents.device))
+        fewest = len(self.documents) - _most_excluded(exclude)
+        if not 1 <= k <= fewest:
+            raise InputError(
+                f"k (n_candidates unless it is given) must be in [1, {fewest}], the fewest documents of a query that are not excluded, got {k}"
+            )
         with evaluation_mode(self.retriever):
             index = self.index if self.index is not None else retriever.encode_documents(self.documents)
-            found = retriever.search(queries, index, k, exclude)
-        if bool((found < 0).any()):
-            raise InputError(
-                f"every query needs {k} documents that are not excluded, one has fewer: use fewer candidates"
-            )
-        return found
+            return retriever.search(queries, index, k, exclude)
 
     def keep_index(self) -> None:
         """Encode the collection once, for many searches; call it again, or `drop_index`, after the retriever has changed."""
@@ -228,6 +235,12 @@ class RetrievalReader(nn.Module):
     def drop_index(self) -> None:
         """Encode the collection at every search again."""
         self.index = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RetrievalReader":
+        super()._apply(fn, recurse)
+        if self.index is not None:
+            self.index = tuple(fn(part) for part in self.index)
+        return self
 
 
 def with_candidates(
@@ -257,3 +270,12 @@ def with_candidates(
     queries = dataset.inputs if isinstance(dataset.inputs, Tensor) else dataset.inputs[0]
     candidates = model.search(queries, k, exclude)
     return IndexedDataset((queries, candidates), dataset.targets, dataset.ids, dataset.extras)
+
+
+def _most_excluded(exclude: Exclude | None) -> int:
+    """The most documents that are left out of the search of a query."""
+    if exclude is None or not len(exclude[0]):
+        return 0
+    distinct, number = torch.cat(exclude).unique(return_inverse=True)
+    own, documents = number.split([len(ids) for ids in exclude])
+    return int(documents.bincount(minlength=len(distinct))[own].max())
