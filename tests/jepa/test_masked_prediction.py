@@ -413,6 +413,19 @@ def test_a_trained_predictor_beats_the_mean_of_the_targets() -> None:
         (lambda: MaskedPrediction(weight=-1), "weight must be >= 0, or a schedule, got -1"),
         (lambda: MaskedPrediction(ships="both"), "ships must be"),
         (lambda: MaskedPrediction(meter_every=0), "meter_every must be >= 1, got 0"),
+        (lambda: MaskedPrediction(predictor_width=0), "predictor_width must be >= 1, or None, got 0"),
+        (lambda: MaskedPrediction(predictor_depth=-1), "predictor_depth must be >= 0, got -1"),
+        (lambda: MaskedPrediction(predictor_heads=0), "predictor_heads must be >= 1, got 0"),
+        (
+            lambda: MaskedPrediction(predictor_positions="rotary"),
+            'predictor_positions must be "sinusoidal" or "learned", got \'rotary\'',
+        ),
+        (
+            lambda: one_step(
+                MaskedPrediction(predictor_width=6, predictor_heads=4), new_encoder(), samples()
+            ),
+            "the predictor cannot be built: dim must be a multiple of 4 for 2 axes, got 6",
+        ),
         (lambda: find_token_encoder(MLP(4, (4,))), "coloss.nn.TokenEncoder, or hold one, got MLP"),
         (
             lambda: find_token_encoder(nn.ModuleList([new_encoder(), new_encoder()])),
@@ -437,3 +450,24 @@ def test_a_trained_predictor_beats_the_mean_of_the_targets() -> None:
 def test_what_does_not_fit_is_refused(call, message, as_users_call: None) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+class Watched(nn.Module):
+    """An encoder, and how often it is asked for features of whole samples."""
+
+    def __init__(self, stem):
+        super().__init__()
+        self.stem, self.encoder, self.passes = stem, token_encoder_for_shape((1, 8, 8), dim=16), 0
+
+    def forward(self, inputs):
+        self.passes += 1
+        return self.encoder(self.stem(inputs))
+
+
+@pytest.mark.parametrize(("stem", "passes"), [(nn.Identity(), 0), (nn.BatchNorm2d(1), 2)])
+def test_the_runs_own_pass_is_left_out_unless_a_batch_norm_needs_it(stem, passes):
+    model = Watched(stem)
+    coloss.fit(
+        model, (torch.randn(16, 1, 8, 8),), methods=[MaskedPrediction()], budget=Budget(steps=2), batch_size=8
+    )
+    assert model.passes == passes

@@ -177,3 +177,42 @@ def test_objective_with_parameters_is_trained(data, new_model):
     objective = Scaled()
     fit(new_model(), data, objective, budget=Budget(steps=2))
     assert objective.scale.item() != 1.0
+
+
+class Alone(Method):
+    """Makes its loss from the weights, without the batch's forward pass."""
+
+    reads_outputs = False
+
+    def terms(self, state):
+        assert state.outputs is None or self.expected
+        return {"size": state.model.weight.square().sum()}
+
+    expected = False
+
+
+class Counted(nn.Linear):
+    passes = 0
+
+    def forward(self, inputs):
+        self.passes += 1
+        return super().forward(inputs)
+
+
+def test_a_forward_pass_that_nothing_reads_is_left_out():
+    model = Counted(4, 3)
+    TrainingStep(model, None, [Alone()])(torch.randn(2, 4))
+    assert model.passes == 0
+
+
+@pytest.mark.parametrize("need", ["objective", "method", "tap"])
+def test_a_forward_pass_that_anything_reads_is_made(need):
+    model, method = Counted(4, 3), Alone()
+    method.expected = True
+    others = [Method()] if need == "method" else []
+    objective = (lambda outputs, targets: outputs.sum()) if need == "objective" else None
+    step = TrainingStep(model, objective, [method, *others])
+    if need == "tap":
+        step.state.tap("out", "")
+    step(torch.randn(2, 4))
+    assert model.passes == 1

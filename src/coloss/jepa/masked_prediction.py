@@ -99,8 +99,8 @@ class MaskedPrediction(Method):
         target_norm: "layer" or None, likewise.
         momentum: m in [0, 1], a number or a schedule of progress.
         predictor_width: size of a token in the predictor; None for half the encoder's, rounded up to what heads and positions need.
-        predictor_depth: its blocks.
-        predictor_heads: its attention heads.
+        predictor_depth: its blocks, >= 0.
+        predictor_heads: its attention heads, >= 1; they divide its width.
         predictor_positions: "sinusoidal" or "learned".
         weight: of the loss term, a number >= 0 or a schedule.
         ships: which weights the model is left with: "target" for the slow copy's, "online" for the trained ones; None for "target" in
@@ -112,11 +112,11 @@ class MaskedPrediction(Method):
         target: the slow copy, a `ModuleEMA`; `predictor`: both from `setup` on.
 
     Raises:
-        InputError: for a value out of range; in a run, for a model without a `TokenEncoder`.
+        InputError: for a value out of range; in a run, for a model without a `TokenEncoder`, or a predictor whose sizes do not fit.
 
     Cost:
         For each sample a pass of the slow copy over all tokens, a forward and backward pass of the encoder over the visible ones and M
-        of the predictor; and the run's own forward pass.
+        of the predictor; and the run's own forward pass, where an objective, another method or a batch norm needs it.
 
     Source:
         I-JEPA, arXiv 2301.08243.
@@ -160,8 +160,17 @@ class MaskedPrediction(Method):
             raise InputError(f"weight must be >= 0, or a schedule, got {weight}")
         if ships not in ("target", "online", None):
             raise InputError(f'ships must be "target", "online" or None, got {ships!r}')
-        if meter_every < 1:
-            raise InputError(f"meter_every must be >= 1, got {meter_every}")
+        if predictor_width is not None and predictor_width < 1:
+            raise InputError(f"predictor_width must be >= 1, or None, got {predictor_width}")
+        if predictor_depth < 0:
+            raise InputError(f"predictor_depth must be >= 0, got {predictor_depth}")
+        if predictor_positions not in ("sinusoidal", "learned"):
+            raise InputError(
+                f'predictor_positions must be "sinusoidal" or "learned", got {predictor_positions!r}'
+            )
+        for name, value in (("predictor_heads", predictor_heads), ("meter_every", meter_every)):
+            if value < 1:
+                raise InputError(f"{name} must be >= 1, got {value}")
         self.masker, self.kind, self.target_norm = masker, kind, target_norm
         self.momentum, self.ships, self.meter_every = momentum, ships, meter_every
         self.predictor_width, self.predictor_depth = predictor_width, predictor_depth
@@ -179,7 +188,9 @@ class MaskedPrediction(Method):
         """The predictor, called as `MaskTokenPredictor` is; one of another class is welcome."""
         grid, heads = encoder.tokenizer.grid, self.predictor_heads
         unit = math.lcm(heads, 2 * len(grid))
-        width = self.predictor_width or unit * math.ceil(encoder.out_features / 2 / unit)
+        width = self.predictor_width
+        if width is None:
+            width = unit * math.ceil(encoder.out_features / 2 / unit)
         return MaskTokenPredictor(
             encoder.out_features,
             grid,
@@ -239,11 +250,19 @@ class MaskedPrediction(Method):
         return {}
 
     def setup(self, state: State) -> None:
+        # The passes of this method leave batch norms as they are; only the run's own pass would move their statistics.
+        self.reads_outputs = any(
+            isinstance(module, nn.modules.batchnorm._NormBase) for module in state.model.modules()
+        )
         encoder = self._encoder(state)
         if self.masker is None:
             self.masker = self.new_masker(encoder)
         self.target = ModuleEMA(encoder)
-        self.predictor = state.like_model(self.new_predictor(encoder))
+        try:
+            predictor = self.new_predictor(encoder)
+        except ValueError as error:
+            raise InputError(f"the predictor cannot be built: {error}") from error
+        self.predictor = state.like_model(predictor)
 
     def terms(self, state: State) -> dict[str, Tensor]:
         with second_look(state):

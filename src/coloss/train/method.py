@@ -24,6 +24,9 @@ class Method(nn.Module):
         replaces_objective: if True, the run's objective is not computed: the terms of this method stand in for it.
         batch_statistic: if True, its terms belong to the batch as a whole, not to its samples one by one: gradient accumulation then
             joins the micro-batches instead of averaging their gradients.
+        reads_outputs: whether its hooks need the model's forward pass on the batch (its outputs, tapped features, or the statistics that a
+            batch norm gathers in it). In a run without objective in which no method needs it, the pass is left out and `state.outputs`
+            is None.
         accumulates: for a method with a `backward` of its own: True if that is right under gradient accumulation, being called for
             each of `state.micro_batches` and leaving the gradients of their mean with the last one; otherwise such a run is refused.
 
@@ -51,6 +54,7 @@ class Method(nn.Module):
     term_weights: Mapping[str, Schedule] = {}
     replaces_objective: bool = False
     batch_statistic: bool = False
+    reads_outputs: bool = True
     accumulates: bool = False
 
     @property

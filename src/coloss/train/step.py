@@ -110,6 +110,15 @@ class TrainingStep(nn.Module):
             raise InputError(f"{names} each take over the backward pass: a run can have one at most")
         return takers[0] if takers else None
 
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether anything of this run needs the model's forward pass on the batch."""
+        return (
+            self.objective is not None
+            or len(self.state.features) > 0
+            or any(method.reads_outputs for method in self.state.methods)
+        )
+
     def refresh_trainable(self) -> None:
         """List the trainable parameters anew, after something replaced or froze parameters."""
         self.state.trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -130,7 +139,7 @@ class TrainingStep(nn.Module):
         """
         state = self.state
         self.start(Batch.of(batch[0] if len(batch) == 1 else batch) if batch else state.batch)
-        state.outputs = self.model(state.batch.inputs)
+        state.outputs = self.model(state.batch.inputs) if self.reads_outputs else None
         terms = self.collect_terms()
         return {name: term.view_as(term) for name, term in terms.items()} if self.returns_views else terms
 
