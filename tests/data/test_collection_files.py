@@ -82,6 +82,31 @@ def test_lines_may_hold_separators_of_unicode(tmp_path):
     assert read_collection(tmp_path).documents[0] == "one\u2028two\x85fox"
 
 
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
+def test_quotes_of_a_tsv_swallow_no_document(tmp_path, suffix):
+    texts = ['an "open" one', '"left open', "plain", 'closed"', '"Hello" he said', *"abcde"]
+    rows = ["id\ttext", *(f"{number}\t{text}" for number, text in enumerate(texts))]
+    path = tmp_path / f"corpus{suffix}"
+    path.write_bytes(
+        gzip.compress("\n".join(rows).encode()) if suffix.endswith("gz") else "\n".join(rows).encode()
+    )
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "plain"}])
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\t2\t1\n")
+    assert read_collection(tmp_path).documents == texts
+
+
+@pytest.mark.parametrize(
+    "texts", [["a\ttab", "none"], ["two\nlines", "none"], ['a "word"', '"all"'], ["", "x"]]
+)
+def test_a_tsv_with_quoted_cells_is_read_as_it_was_meant(tmp_path, texts):
+    frame = pd.DataFrame({"id": [1, 2], "text": texts, "title": ["of", "it"]})
+    frame.to_csv(tmp_path / "corpus.tsv", sep="\t", index=False)
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "plain"}])
+    (tmp_path / "qrels.tsv").write_text('"query-id"\t"corpus-id"\n"q"\t"2"\n')
+    collection = read_collection(tmp_path)
+    assert collection.documents == texts and collection.judged.tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize(
     ("parts", "sizes", "words"),
     [

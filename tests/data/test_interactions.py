@@ -1,6 +1,7 @@
 """Sequences are split by time, histories end with the most recent item, and negatives are nobody's own."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -37,6 +38,36 @@ def test_a_table_worked_by_hand(table):
     assert splits.train.ids.tolist() == [0]  # bob has nothing to learn from
     counts = splits.popularity.tolist()
     assert (counts[a], counts[b], counts[c], counts[d], counts[0]) == (1, 0, 1, 1, 0)
+
+
+def test_items_of_a_csv_are_known_by_their_text(tmp_path):
+    """Numbers with and without leading zeros are two items, and NA is a name."""
+    path = write(tmp_path, "user,item,time\nann,007,1\nann,7,2\nann,NA,10\nann,1e3,9\n")
+    splits = load_interactions(path, min_length=3)
+    assert splits.item_names == ("", "007", "7", "NA", "1e3")
+    assert splits.sequence.tolist() == [1, 2, 4, 3]  # times are numbers: 9 before 10
+
+
+def test_dates_of_several_time_zones_are_put_in_order(tmp_path):
+    rows = ["b,2024-01-01T12:00+00:00", "a,2024-01-01T12:30+02:00", "c,2024-01-01T13:00"]
+    path = write(tmp_path, "user,item,time\n" + "\n".join(f"ann,{row}" for row in rows) + "\n")
+    splits = load_interactions(path, min_length=3)
+    assert [splits.item_names[item] for item in splits.sequence] == ["a", "b", "c"]
+
+
+def test_a_parquet_keeps_the_types_that_it_has(tmp_path):
+    table = pd.DataFrame({"user": [1, 1, 1], "item": [30, 10, 20], "time": [3, 1, 2]})
+    for name, times in (
+        ("numbers", table["time"]),
+        ("dates", pd.to_datetime(table["time"], unit="D")),
+        ("zoned", pd.to_datetime(table["time"], unit="D", utc=True)),
+    ):
+        table.assign(time=times).to_parquet(tmp_path / f"{name}.parquet")
+        splits = load_interactions(tmp_path / f"{name}.parquet", min_length=3)
+        assert [splits.item_names[item] for item in splits.sequence] == ["10", "20", "30"]
+    table.assign(item=[30.0, None, 20.0]).to_parquet(tmp_path / "holes.parquet")
+    with pytest.raises(InputError, match="must have a value of 'item' in every row, row 2 has none"):
+        load_interactions(tmp_path / "holes.parquet")
 
 
 def test_training_never_sees_the_held_out_items(needs):
@@ -123,8 +154,12 @@ def test_bad_sources_are_refused(tmp_path, as_users_call):
     with pytest.raises(InputError, match="there is no file"):
         load_interactions(tmp_path / "none.csv")
     holes = write(tmp_path, "user,item,time\nann,a,1\nann,,2\n")
-    with pytest.raises(InputError, match="must have a value of 'item' in every row, row 1 has none"):
+    with pytest.raises(InputError, match="must have a value of 'item' in every row, row 2 has none"):
         load_interactions(holes)
+    for time in ("NaT", "soon"):
+        times = write(tmp_path, f"user,item,time\nann,a,1\nann,b,{time}\n")
+        with pytest.raises(InputError, match="column 'time' of .* must hold numbers or ISO dates"):
+            load_interactions(times)
     splits = load_interactions(
         write(tmp_path, "user,item,time\nann,a,1\nann,b,2\nann,c,3\nbob,d,1\n"), min_length=3
     )

@@ -216,6 +216,14 @@ def test_tables_of_each_format_are_equal(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(read_table(tmp_path / file), table)
 
 
+def test_a_column_of_a_large_table_is_of_one_type(tmp_path: Path) -> None:
+    """Read in parts, the 7 before and the 7 after the first word would be a number and a text."""
+    head, *rows = ("item", *["7"] * 40_000, "word")
+    lines = [",".join([head, *(f"c{i}" for i in range(39))]), *(row + 39 * "," for row in rows)]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    assert read_table(tmp_path / "t.csv")["item"].unique().tolist() == ["7", "word"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

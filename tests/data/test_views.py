@@ -42,6 +42,13 @@ def test_views_are_a_function_of_the_generator_alone(make, inputs: Tensor) -> No
 
 
 @pytest.mark.parametrize(("make", "inputs"), CASES)
+def test_views_are_as_exact_under_autocast(make, inputs: Tensor) -> None:
+    views = make(inputs, 3, _generator())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(make(inputs, 3, _generator()), views)
+
+
+@pytest.mark.parametrize(("make", "inputs"), CASES)
 def test_views_differ_from_each_other_and_keep_the_shape(make, inputs: Tensor) -> None:
     views = make(inputs, 3, _generator())
     assert views.shape == (3, *inputs.shape) and views.isfinite().all()

@@ -179,7 +179,7 @@ def test_methods_that_do_not_fit_are_refused(needs):
         (
             "user,item,time\nann,a,1\nann,,2\n",
             None,
-            "must have a value of 'item' in every row, row 1 has none",
+            "must have a value of 'item' in every row, row 2 has none",
         ),
         (
             "user,item,time\nann,a,1\nann,b,2\n",

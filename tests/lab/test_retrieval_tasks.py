@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from contract import run_processes
 
 from coloss import Budget, Comparison
 from coloss.errors import InputError
@@ -91,3 +92,26 @@ def test_info_nce_takes_no_answer_for_a_negative():
     everything = contrastive_loss((queries, documents))
     torch.testing.assert_close(everything, info_nce_loss(queries, documents, 0.05, symmetric=True))
     assert not torch.allclose(everything, found)
+
+
+def test_ids_find_answers_and_negatives_of_all_processes(tmp_path):
+    """Each process has the loss of the joined batch, and its rows' gradients, which averaging divides by the processes."""
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = torch.randn(2, 6, 8, generator=generator, dtype=torch.float64)
+    ids = torch.tensor([0, 0, 1, 2, 1, 3]), torch.tensor([5, 6, 7, 7, 8, 5])
+
+    def work(fabric):
+        mine = slice(fabric.global_rank, None, fabric.world_size)
+        rows = [part[mine].clone().requires_grad_() for part in (queries, documents)]
+        loss = contrastive_loss(tuple(rows), tuple(part[mine] for part in ids))
+        loss.backward()
+        return {
+            "loss": loss.detach(),
+            **{f"{i}": row.grad / fabric.world_size for i, row in enumerate(rows)},
+        }
+
+    (alone,) = run_processes(work, tmp_path, 1)
+    for rank, found in enumerate(run_processes(work, tmp_path, 2)):
+        torch.testing.assert_close(found["loss"], alone["loss"])
+        for side in ("0", "1"):
+            torch.testing.assert_close(found[side], alone[side][rank::2])

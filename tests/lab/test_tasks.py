@@ -9,7 +9,7 @@ from torch import nn
 
 from coloss import Budget, Comparison
 from coloss.data import DATASETS, RETRIEVAL_VIEWS, load
-from coloss.errors import InputError
+from coloss.errors import InputError, UnknownNameError
 from coloss.lab import find_task, task_from_splits, task_names
 from coloss.lab.directions import metric_direction
 from coloss.lab.known_tasks import tasks_of
@@ -219,6 +219,28 @@ def test_content_hash_of_a_folder_follows_its_files(tmp_path):
     assert len({before, after, content_hash(tmp_path)}) == 3
     with pytest.raises(InputError, match="cannot be read"):
         content_hash(tmp_path / "missing")
+
+
+def test_content_hash_of_a_folder_follows_what_its_tables_say(tmp_path):
+    """A file of judgements rewritten at equal length is another one; images count by name and size."""
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\n1\t1\n")
+    (tmp_path / "one.PNG").write_bytes(b"123")
+    before = content_hash(tmp_path)
+    (tmp_path / "one.PNG").write_bytes(b"456")
+    assert content_hash(tmp_path) == before
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\n1\t2\n")
+    assert content_hash(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/rows.csv", "a" * 5000])
+def test_what_cannot_be_a_path_is_no_task(name):
+    with pytest.raises(UnknownNameError, match="^no "):
+        find_task(name)
+
+
+def test_pairs_of_emoji_point_to_the_task_with_tokens():
+    with pytest.raises(InputError, match="ask for openmoji-tokens, and leave kind out"):
+        find_task("openmoji-pairs", kind="token-retrieval")
 
 
 def test_a_name_of_the_catalog_wins_over_a_file(tmp_path, monkeypatch):

@@ -82,3 +82,22 @@ def test_ranks_counted_by_hand():
     assert found["ndcg@5"] == pytest.approx(np.mean([1 / math.log2(r + 1) if r <= 5 else 0 for r in ranks]))
     with pytest.raises(ValueError, match="at least one user whose next item can be ranked"):
         evaluate_recommender(model, IndexedDataset(histories[:1], targets[:1]))
+
+
+def test_histories_come_to_the_device_of_the_model():
+    """A parameter on "meta" stands for a model that training left on an accelerator."""
+
+    class Reached(Exception):
+        pass
+
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
+
+        def unwanted(self, histories, *, seen):
+            raise Reached(histories.device)
+
+    data = IndexedDataset(torch.ones(4, 3, dtype=torch.int64), torch.ones(4, dtype=torch.int64))
+    with pytest.raises(Reached, match="meta"):
+        evaluate_recommender(Elsewhere(), data)

@@ -91,6 +91,18 @@ def test_a_stored_index_answers_as_before(tmp_path, options, metric):
     assert len(list((tmp_path / "index").iterdir())) == 2
 
 
+def test_an_index_in_place_of_another_backend_leaves_nothing_of_it(tmp_path):
+    pytest.importorskip("faiss")
+    for backend, name in (("exact", "safetensors"), ("faiss", "faiss"), ("exact", "safetensors")):
+        SearchIndex(embeddings(9), backend=backend).save(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"index.json", f"documents.{name}"}
+        assert SearchIndex.load(tmp_path).backend == backend
+
+
+def test_without_documents_any_number_of_cells_will_do():
+    assert len(SearchIndex(embeddings(0), backend="faiss", kind="ivf", cells=4)) == 0
+
+
 def test_half_precision_is_kept(tmp_path):
     index = SearchIndex(embeddings(20).half())
     loaded = SearchIndex.load(index.save(tmp_path))
@@ -131,8 +143,18 @@ def test_without_faiss_the_error_says_how_to_get_it(monkeypatch):
         ({"kind": "hnsw"}, "kind must be 'flat' for the backend 'exact', got 'hnsw'"),
         ({"effort": 3}, "effort is of the kinds hnsw and ivf"),
         ({"backend": "faiss", "kind": "hnsw", "effort": 0}, "effort must be >= 1, got 0"),
-        ({"links": 1}, "links must be >= 2, got 1"),
-        ({"cells": 9}, r"cells must be in \[1, 3\], got 9"),
+        ({"links": 16}, "links is of the kind hnsw, leave it out for 'flat', got 16"),
+        (
+            {"backend": "faiss", "kind": "ivf", "links": 16},
+            "links is of the kind hnsw, leave it out for 'ivf'",
+        ),
+        (
+            {"backend": "faiss", "kind": "hnsw", "cells": 2},
+            "cells is of the kind ivf, leave it out for 'hnsw'",
+        ),
+        ({"backend": "faiss", "kind": "hnsw", "links": 1}, "links must be >= 2, got 1"),
+        ({"backend": "faiss", "kind": "ivf", "cells": 9}, r"cells must be in \[1, 3\], got 9"),
+        ({"backend": "faiss", "kind": "ivf", "cells": 0}, "cells must be >= 1, got 0"),
     ],
 )
 def test_options_out_of_range(options, message, as_users_call):

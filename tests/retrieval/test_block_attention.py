@@ -308,6 +308,39 @@ def test_ignored_documents_do_not_count():
     assert attention_ranking_loss(scores, relevance, ignore=torch.ones_like(ignore)) == 0
 
 
+def test_shapes_that_would_be_broadcast_are_refused(as_users_call: None):
+    """Gathering drops prompts and broadcasting puts them back: scores of nobody, without an error."""
+    valid = ragged(batch=2)
+    logits, signals = torch.randn(2, 2, 2, 30), torch.tensor([[0, 1]] * 2)
+    for arguments in (
+        (logits, signals[:1], valid),
+        (logits, signals, valid[:1]),
+        (logits[:1], signals[:1], valid),
+    ):
+        with pytest.raises(ValueError, match="must hold as many prompts as attn_logits"):
+            attention_document_scores(*arguments)
+    with pytest.raises(ValueError, match="token_index must name at least one signal token of each prompt"):
+        attention_document_scores(logits, signals[:, :0], valid)
+    queries, keys, values = (part.detach() for part in vectors(valid))
+    for arguments, message in (
+        ((queries, keys, values[..., 1:]), r"values must have the shape of keys \(2, 2, 30, 8\)"),
+        ((queries, keys[:1], values[:1]), "queries and keys must be of 2 prompts"),
+        ((queries[:1], keys[:1], values[:1]), "queries and keys must be of 2 prompts"),
+        ((queries[..., 1:], keys, values), "with tokens and dim alike"),
+        ((queries, keys[:, :, :12], values[:, :, :12]), "with tokens and dim alike"),
+        ((queries, keys[:, :0], values[:, :0]), "heads of keys must divide the 2 of queries, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            blockrank_attention(*arguments, valid)
+
+
+def test_no_prompts_have_no_scores():
+    valid = torch.ones(0, 5, 6, dtype=torch.bool)
+    logits, signals = torch.zeros(0, 2, 2, 30), torch.zeros(0, 2, dtype=torch.int64)
+    for normalize in ("sum", "mean", "max"):
+        assert attention_document_scores(logits, signals, valid, normalize=normalize).shape == (0, 3)
+
+
 def test_refuses_what_does_not_fit(as_users_call: None):
     valid = ragged()
     queries, keys, values = vectors(valid)

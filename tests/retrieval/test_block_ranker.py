@@ -393,3 +393,30 @@ def test_the_claim_runs():
         "decode_accuracy",
         "top_share",
     }
+
+
+def test_a_batch_without_prompts_is_ranked():
+    empty = BlockBatch.pack([], [], [], [], 8)
+    for attention in ("block", "causal"):
+        model = BlockRanker(10, dim=16, depth=2, heads=2, attention=attention)
+        assert model.rank(empty).shape == model(empty).document_scores.shape == (0, 0)
+        assert model.decode(empty).shape == (0, 1)
+        assert answer_loss(model(empty))["language_model"] == 0
+
+
+def test_test_prompts_come_to_the_device_of_the_model():
+    """A parameter on "meta" stands for a ranker that training left on an accelerator."""
+
+    class Reached(Exception):
+        pass
+
+    class Elsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+
+        def rank(self, inputs: BlockBatch) -> Tensor:
+            raise Reached({part.device.type for part in inputs})
+
+    with pytest.raises(Reached, match="{'meta'}"):
+        prompt_accuracies(Elsewhere(), keyword_prompts(train=12, test=5))

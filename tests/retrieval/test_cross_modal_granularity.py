@@ -1,6 +1,7 @@
 """The decoder, the hard negatives and the match loss do what they say; the method keeps its promises; the emoji task and the claim."""
 
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -209,6 +210,34 @@ def test_what_is_left_out_adds_no_term():
         assert (step.model.decoder is None) == (options.get("granularity") is False)
 
 
+def test_only_what_counts_is_computed(monkeypatch):
+    """Before the warm-up ends InfoNCE, afterwards the others; the rest are zeros, whose gradients are zeros and not missing."""
+    step = TrainingStep(new_model(), None, [method(warm_up=0.5, num_identities=12)])
+    own, calls = step.state.methods[0], []
+    module = "coloss.retrieval.cross_modal_granularity"
+    for name in ("sdm_loss", "match_loss", "info_nce_loss"):
+        loss = getattr(sys.modules[module], name)
+        monkeypatch.setattr(
+            f"{module}.{name}",
+            lambda *a, _loss=loss, _name=name, **k: (calls.append(_name), _loss(*a, **k))[1],
+        )
+    names = {"sdm_global", "sdm_granularity", "match", "identity", "warm_up"}
+    for progress, called, counted in (
+        (0.49, ["info_nce_loss"], {"warm_up"}),
+        (0.5, ["sdm_loss", "sdm_loss", "match_loss"], names - {"warm_up"}),
+    ):
+        step.state.progress = progress
+        calls.clear()
+        step.zero_grad()
+        terms = step(pairs().all())
+        step.backward(terms)
+        assert calls == called and set(terms) == names
+        assert {name for name, term in terms.items() if term != 0} == counted
+        assert all(parameter.grad is not None for parameter in step.parameters())
+        waits = any(p.grad.any() for p in (*own.head.parameters(), *own.classifier.parameters()))
+        assert waits == (progress == 0.5)
+
+
 def test_captions_of_one_image_are_partners():
     """Two samples of one identity in a batch: told apart only where nobody says that they are one."""
     data = pairs()
@@ -251,8 +280,8 @@ def _two_process_run(fabric):
     run = coloss.fit(
         new_model().double(),
         pairs(dtype=torch.float64),
-        methods=[method(num_identities=12)],
-        budget=Budget(epochs=1),
+        methods=[method(num_identities=12, warm_up=0.5)],
+        budget=Budget(epochs=2),
         batch_size=12,
         optimizer=partial(torch.optim.SGD, lr=0.05),
         fabric=fabric,

@@ -8,7 +8,14 @@ from coloss.errors import InputError
 from coloss.lab import verify
 from coloss.metrics import agreement_at_k
 from coloss.nn import SequentialRecommender
-from coloss.retrieval import NO_DEFENCE, CountedTarget, Defence, ExtractionAudit, QueryBudgetError
+from coloss.retrieval import (
+    NO_DEFENCE,
+    CountedTarget,
+    Defence,
+    ExtractionAudit,
+    QueryBudgetError,
+    extraction_audit,
+)
 
 
 def new_target(**options):
@@ -47,6 +54,35 @@ def test_the_target_answers_in_evaluation_mode_and_keeps_its_own():
     assert torch.equal(answer(USERS), new_target().eval().recommend(USERS, 5))
     bound = CountedTarget(target.recommend, 5, 30)
     assert torch.equal(bound(USERS), bound(USERS)) and target.training
+
+
+class Elsewhere(nn.Module):
+    """Stands for a recommender that training left on an accelerator: it takes histories of its own device alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+
+    def recommend(self, histories, k, *, exclude_seen=True):
+        assert histories.device == self.weight.device
+        return torch.arange(1, k + 1).expand(len(histories), k)
+
+
+def test_targets_and_copies_are_asked_on_their_own_device(monkeypatch):
+    best = torch.arange(1, 6).expand(len(USERS), 5)
+    assert torch.equal(CountedTarget(Elsewhere(), 5, 30)(USERS), best)
+    assert audit(Elsewhere(), exclude_seen=False).judge(Elsewhere())["agreement@5"] == 1.0
+    # What popular items are chosen from lies where the histories are.
+    popular = extraction_audit._Popular(USERS, 30).to("meta")
+    devices = []
+
+    def look(scores, k, ignore):
+        devices.extend([scores.device.type, ignore.device.type])
+        return scores
+
+    monkeypatch.setattr(extraction_audit, "top_items", look)
+    popular.recommend(USERS.to("meta"), 3)
+    assert devices == ["meta", "meta"]
 
 
 def test_short_lists_are_the_beginning_of_the_long_ones():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from coloss.errors import InputError
 from coloss.nn import SequentialRecommender
@@ -80,6 +81,74 @@ def test_a_recommender_of_ones_own_is_audited(plays, tmp_path):
     assert "agreement@10 few-shot, lists of 5" in found
 
 
+def test_a_folder_belongs_to_one_recommender_and_to_one_content(plays, tmp_path):
+    """Neither another model of one's own nor edited interactions get the rows of the first audit."""
+    options = {"queries": 20, "copy_steps": 1}
+
+    def mine(seed):
+        torch.manual_seed(seed)
+        model = SequentialRecommender(40, 8, max_history=8)
+        torch.nn.init.normal_(model.item_embeddings)
+        return model
+
+    first = audit_recommender(str(plays), tmp_path / "audit", target=mine(0), **options)
+    assert audit_recommender(str(plays), tmp_path / "audit", target=mine(0), **options) == first
+    with pytest.raises(InputError, match="and other settings: choose another folder"):
+        audit_recommender(str(plays), tmp_path / "audit", target=mine(1), **options)
+    table = pd.read_csv(plays)
+    table["time"] = table["time"].sample(frac=1.0, random_state=0).to_numpy()
+    table.to_csv(plays, index=False)
+    with pytest.raises(InputError, match="and other settings: choose another folder"):
+        audit_recommender(str(plays), tmp_path / "audit", target=mine(0), **options)
+
+
+class Plain(torch.nn.Module):
+    """No more than what is asked for, and it lists what was seen."""
+
+    def recommend(self, histories, k):
+        last = histories[:, -1:]
+        return (last - 1 + torch.arange(k)) % 40 + 1
+
+    def scores(self, histories):
+        raise AssertionError("scores alone are not enough to measure recall")
+
+
+def test_no_more_is_needed_of_a_recommender_than_its_lists(plays, tmp_path):
+    options = {"queries": 20, "copy_steps": 1}
+    with pytest.raises(InputError, match="the target lists items of the history: give exclude_seen=False"):
+        audit_recommender(str(plays), tmp_path / "one", target=Plain(), **options)
+    found = audit_recommender(str(plays), tmp_path / "two", target=Plain(), exclude_seen=False, **options)
+    assert "agreement@10 few-shot" in found and "target_recall@10" not in found
+
+
+def test_a_trained_recommender_may_list_what_was_seen(plays, tmp_path, monkeypatch):
+    truths = []
+
+    def look(self):
+        truths.append((self.truth, self.held_out))
+        return []
+
+    monkeypatch.setattr(ExtractionAudit, "plan", look)
+    for exclude_seen in (True, False):
+        audit_recommender(str(plays), tmp_path / f"{exclude_seen}", **QUICK, exclude_seen=exclude_seen)
+    seen = [bool((lists[:, :, None] == held_out[:, None]).any()) for lists, held_out in truths]
+    assert seen == [False, True]
+
+
+def test_22_users_are_enough_and_21_are_not(plays, tmp_path):
+    table = pd.read_csv(plays)
+    table = table[table["user"] < 22]
+    table.to_csv(plays, index=False)
+    assert audit_recommender(
+        str(plays), tmp_path / "22", target=Plain(), exclude_seen=False, queries=9, copy_steps=1
+    )
+    table[table["user"] < 21].to_csv(plays, index=False)
+    with pytest.raises(
+        InputError, match="at least 22 users of 3 interactions or more, some of 4, and 30 items"
+    ):
+        audit_recommender(str(plays), tmp_path / "21", target=Plain(), exclude_seen=False)
+
+
 def test_bad_input_is_refused(plays, tmp_path):
     with pytest.raises(
         InputError, match="source must be amazon-video-games or the path of a table, got 'digits'"
@@ -91,7 +160,7 @@ def test_bad_input_is_refused(plays, tmp_path):
     few = tmp_path / "few.csv"
     table[table["user"] < 5].to_csv(few, index=False)
     with pytest.raises(
-        InputError, match="must hold at least 23 users of 4 interactions or more, and 30 items"
+        InputError, match="must hold at least 22 users of 3 interactions or more, some of 4, and 30 items"
     ):
         audit_recommender(str(few), tmp_path / "few")
     folder = tmp_path / "audit"

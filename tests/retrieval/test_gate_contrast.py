@@ -179,6 +179,17 @@ def test_any_model_with_a_gate_will_do():
     torch.testing.assert_close(found, gate_contrastive_loss(gates, masked))
 
 
+def test_another_module_than_the_gate_is_compared_with_itself():
+    """What is named is what is contrasted, in a ranker with `gate_vector` as well."""
+    model, batch = new_model(), new_data().all()
+    found = TrainingStep(model, None, [GateContrast(gate="input_net", mask=every_other)])(batch)
+    features, masked = (
+        model.input_net(model.input_net.embed(inputs)) for inputs in (batch.inputs, every_other(batch.inputs))
+    )
+    expected = gate_contrastive_loss(features, masked, user_ids=batch.extras["user"])
+    torch.testing.assert_close(found["gate_contrast"], expected)
+
+
 def test_plain_masking_hides_a_share_of_the_histories_in_training_only():
     data = new_data()
     step = TrainingStep(new_model(), BCE, [HistoryMasking(drop=1.0, share=0.5)])
@@ -279,8 +290,12 @@ def test_bad_options_are_refused(options: dict, message: str):
         GateContrast(**options)
 
 
-def test_bad_input_is_refused(as_users_call):
+def test_bad_input_is_refused(as_users_call, monkeypatch):
     data = new_data()
+    odd = new_model()
+    monkeypatch.setattr(odd, "gate_vector", lambda inputs: torch.zeros(48, 5))
+    with pytest.raises(InputError, match=r"must give \(48, 3\) for masked histories too, got \(48, 5\)"):
+        TrainingStep(odd, BCE, [GateContrast()])(data.all())
     for method, inputs, extras, message in (
         (GateContrast(gate="router"), data.inputs, {}, "gate must name the module that weighs the experts"),
         (GateContrast(gate=""), data.inputs, {}, r"must give a tensor \(batch, experts\), got \(48,\)"),

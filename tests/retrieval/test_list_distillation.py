@@ -234,6 +234,28 @@ def test_beside_an_objective_every_term_counts():
     assert set(alone.history[-1].terms) == {"list"}
 
 
+class Plain(nn.Module):
+    """A recommender of the documented interface and nothing more: it lists what was not seen."""
+
+    def recommend(self, histories: Tensor, k: int) -> Tensor:
+        return TARGET.recommend(histories, k)
+
+
+def test_a_target_needs_no_more_than_recommend():
+    found = TrainingStep(new_model(), None, [ListDistillation(Plain(), k=6, num_negatives=None)])(HISTORIES)
+    known = TrainingStep(
+        new_model(), None, [ListDistillation(copy.deepcopy(TARGET), k=6, num_negatives=None)]
+    )
+    assert found == known(HISTORIES)
+    everything = ListDistillation(copy.deepcopy(TARGET), k=20, exclude_seen=False)
+    assert all(term.isfinite() for term in TrainingStep(new_model(), None, [everything])(HISTORIES).values())
+
+
+def test_lists_longer_than_what_is_left_name_the_option():
+    with pytest.raises(InputError, match=r"the target has no lists of k = 18 items: k must be in \[1, 1"):
+        TrainingStep(new_model(), None, [ListDistillation(copy.deepcopy(TARGET), k=18)])(HISTORIES)
+
+
 def test_without_lists_or_with_wrong_ones_a_run_says_so():
     model = new_model()
     for batch, options, message in (

@@ -17,7 +17,7 @@ from coloss.lab import verify
 from coloss.metrics import evaluate_dual_encoder
 from coloss.nn import MLP, DualEncoder
 from coloss.ops import info_nce_loss, world_size
-from coloss.retrieval import MannWhitneyRetrieval, mann_whitney_loss
+from coloss.retrieval import MannWhitneyRetrieval, mann_whitney_loss, temperature_trial
 from coloss.retrieval.temperature_trial import TEMPERATURES, digit_halves_task, measure_tuned
 from coloss.train import Budget, Method, Setting, TrainingStep
 
@@ -289,6 +289,15 @@ def test_the_claim_runs():
         assert {"pooled_auc", "mrr", "recall@10", "recall_at_1pct_fpr"} <= set(arm["metrics"])
         assert all(0 <= value <= 1 for value in arm["metrics"]["pooled_auc"]["values"])
         assert ("temperature" in arm["metrics"]) == (name in ("info-nce", "mann-whitney"))
+
+
+def test_the_baseline_of_the_claim_goes_both_ways():
+    """A document that suits every query costs the baseline as much as a query that suits every document."""
+    queries, documents = torch.randn(2, 5, 3)
+    one = temperature_trial.info_nce((queries, documents), temperature=0.3)
+    torch.testing.assert_close(one, temperature_trial.info_nce((documents, queries), temperature=0.3))
+    scores, own = queries @ documents.T / 0.3, torch.arange(5)
+    torch.testing.assert_close(one, (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2)
 
 
 def test_the_claim_chooses_temperatures_by_validation_pairs_alone():

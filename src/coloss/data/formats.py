@@ -1,7 +1,9 @@
 """Reads data files of each format; a broken file gives one line that names it."""
 
+import csv
 import gzip
 import json
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -24,6 +26,10 @@ _BROKEN = (
     MemoryError,
     NotImplementedError,
 )
+
+
+# A cell that is quoted as a whole, quotes within it doubled.
+_QUOTED = re.compile('"(?:[^"]|"")*"')
 
 
 def read_arrays(path: Path) -> dict[str, NDArray]:
@@ -57,6 +63,9 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
 def read_table(path: Path, *, as_text: bool = False) -> pd.DataFrame:
     """Table of a `.parquet`, `.csv` or `.tsv` file (the last two possibly with `.gz`).
 
+    Quotes hold cells of a `.csv` together. Those of a `.tsv` are text like any other, where each line has a cell for each column, unless
+    every cell that begins with one is quoted as a whole.
+
     Args:
         path: of the file.
         as_text: keep every cell of the last two as it is written: `007` and `NA` stay text.
@@ -79,7 +88,13 @@ def read_table(path: Path, *, as_text: bool = False) -> pd.DataFrame:
         if suffix == ".parquet":
             return pd.read_parquet(path)
         options: dict[str, Any] = {"dtype": str, "keep_default_na": False} if as_text else {}
-        table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", **options)
+        if suffix == ".tsv":
+            options |= {
+                "sep": "\t",
+                "quoting": csv.QUOTE_NONE if _quotes_are_text(path) else csv.QUOTE_MINIMAL,
+            }
+        # In parts, as pandas reads by default, the same id can be a number in one and text in the next.
+        table = pd.read_csv(path, low_memory=False, **options)
     except pd.errors.EmptyDataError as error:
         raise InputError(f"{path} is empty: a table must have a line of column names and rows") from error
     except _BROKEN as error:
@@ -158,6 +173,24 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise _broken(path, "JSON lines", ValueError(f"line {number}: {error}")) from error
     return rows
+
+
+def _quotes_are_text(path: Path) -> bool:
+    """Whether lines are the rows of a `.tsv`, and a cell begins with a quote that does not close at its end."""
+    columns, open_quote = None, False
+    unpacked = gzip.open if path.suffix.lower() == ".gz" else open
+    with unpacked(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            cells = line.rstrip("\n").split("\t")
+            if cells == [""]:
+                continue
+            columns = columns or len(cells)
+            if len(cells) != columns:
+                return False
+            open_quote = open_quote or any(
+                cell.startswith('"') and not _QUOTED.fullmatch(cell) for cell in cells
+            )
+    return open_quote
 
 
 def _check_file(path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
@@ -184,8 +185,9 @@ def load_interactions(
 ) -> InteractionSplits:
     """Sequences of users' items from a data set or a table of your own, split in time.
 
-    A table (csv, tsv, parquet) has one row for each interaction: who, what and when. Rows of a user are put in order of time, of equal
-    times in the order of the file; times are numbers or ISO dates.
+    A table (csv, tsv, parquet) has one row for each interaction: who, what and when. Users and items of a csv or tsv are known by their
+    text as it is written: 007 is not 7. Rows of a user are put in order of time, of equal times in the order of the file; times are
+    numbers or ISO dates, those without a time zone in UTC.
 
     Args:
         source: "amazon-video-games" (which games customers reviewed), or the path of a table.
@@ -293,9 +295,7 @@ def _read(
     path: Path, columns: tuple[str, str, str] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray, NDArray]:
     """Users and items by number, users one after another, each in order of time; and their names."""
-    import pandas as pd
-
-    table = read_table(path)
+    table = read_table(path, as_text=True)
     found = [str(column) for column in table.columns]
     if columns is None:
         user_column, item_column, time_column = (
@@ -307,28 +307,44 @@ def _read(
             raise InputError(
                 f"{path} must have a column {name!r}{suggest_names(name, found)} (it has: {', '.join(found)})"
             )
-        if table[name].isna().any():
-            row = int(np.flatnonzero(table[name].isna())[0])
-            raise InputError(f"{path} must have a value of {name!r} in every row, row {row} has none")
+        missing = np.flatnonzero(table[name].isna() | (table[name] == ""))
+        if len(missing):
+            raise InputError(
+                f"{path} must have a value of {name!r} in every row, row {missing[0] + 1} has none"
+            )
     if not len(table):
         raise InputError(f"{path} must have at least one row, got none")
-    time = table[columns[2]]
-    if not pd.api.types.is_numeric_dtype(time):
-        try:
-            time = pd.to_datetime(time, format="ISO8601")
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"column {columns[2]!r} of {path} must hold numbers or ISO dates ({str(error).splitlines()[0]})"
-            ) from error
     user, user_names = pd.factorize(table[columns[0]])
     item, item_names = pd.factorize(table[columns[1]], sort=False)
-    order = np.lexsort((np.arange(len(user)), time.to_numpy(), user))
+    order = np.lexsort((np.arange(len(user)), _times(table[columns[2]], path), user))
     return (
         user[order].astype(np.int64),
         item[order].astype(np.int64),
         np.asarray(user_names),
         np.asarray(item_names),
     )
+
+
+def _times(column: pd.Series, path: Path) -> NDArray:
+    """Numbers that grow with time; of text those that it says, or else the dates."""
+    try:
+        time = pd.to_numeric(column) if not pd.api.types.is_datetime64_any_dtype(column) else column
+    except (ValueError, TypeError):
+        time = column
+    if not pd.api.types.is_numeric_dtype(time):
+        try:
+            time = pd.to_datetime(time, format="ISO8601", utc=True).dt.tz_localize(None)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"column {column.name!r} of {path} must hold numbers or ISO dates ({str(error).splitlines()[0]})"
+            ) from error
+    unknown = np.flatnonzero(time.isna())
+    if len(unknown):
+        raise InputError(
+            f"column {column.name!r} of {path} must hold numbers or ISO dates, "
+            f"got {column.iloc[unknown[0]]!r} in row {unknown[0] + 1}"
+        )
+    return time.to_numpy()
 
 
 def _splits(

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from coloss.ops import without_autocast
+
 Images = Float[Tensor, "batch channels height width"]
 
 
@@ -115,7 +117,8 @@ def random_views(
     if images.shape[0] == 0:
         return images.new_empty(count, 0, images.shape[1], *(size or images.shape[2:]))
     repeated = images.repeat(count, 1, 1, 1)
-    with seeded_globally(generator, images.device):
+    # In half precision places would be off by pixels.
+    with seeded_globally(generator, images.device), without_autocast(images.device):
         changed = augmentation(repeated)
     return changed.clamp(0, 1).unflatten(0, (count, images.shape[0]))
 
@@ -244,8 +247,10 @@ def small_image_views(
     # affine_grid measures both sides from -1 to 1, so a rotation of an oblong image needs the ratio of its sides.
     ratio = height / width
     matrix = torch.stack([cosine, -sine * ratio, across, sine / ratio, cosine, down], dim=1).view(count, 2, 3)
-    grid = functional.affine_grid(matrix, list(repeated.shape), align_corners=False)
-    changed = functional.grid_sample(repeated, grid, align_corners=False)
+    # In half precision places would be off by pixels.
+    with without_autocast(images.device):
+        grid = functional.affine_grid(matrix, list(repeated.shape), align_corners=False)
+        changed = functional.grid_sample(repeated, grid, align_corners=False)
     changed = changed * (1 + (2 * brightness - 1) * gain).view(count, 1, 1, 1)
     if occlusion:
         row, column = torch.arange(height, device=images.device), torch.arange(width, device=images.device)

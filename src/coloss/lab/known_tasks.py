@@ -68,13 +68,18 @@ def tasks_of(dataset: str) -> list[str]:
 
 
 def is_file(text: str) -> bool:
-    """Tell whether a text stands for a file or folder that exists; a name of a task is never taken for one.
+    """Tell whether a text stands for a file or folder that exists; neither a name of a task nor what cannot be a path is taken for one.
 
     Examples:
-        >>> is_file("digits"), is_file(".")
-        (False, True)
+        >>> is_file("digits"), is_file("."), is_file("~nobody-of-this-name/rows.csv")
+        (False, True, False)
     """
-    return text not in task_names() and not text.startswith("hf:") and Path(text).expanduser().exists()
+    if text in task_names() or text.startswith("hf:"):
+        return False
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError):  # a name too long, a home of nobody
+        return False
 
 
 def check_task(text: str) -> None:

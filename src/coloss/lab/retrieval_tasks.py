@@ -18,7 +18,7 @@ from coloss.data import (
 from coloss.lab.known_tasks import RETRIEVAL, is_file
 from coloss.metrics import evaluate_dual_encoder
 from coloss.nn import MLP, DualEncoder
-from coloss.ops import info_nce_loss
+from coloss.ops import gather_with_gradient, info_nce_loss
 from coloss.train.budget import Budget
 from coloss.train.task import Task
 
@@ -124,13 +124,16 @@ def shared_projection(splits: Any) -> nn.Module:
 def contrastive_loss(
     outputs: tuple[Tensor, Tensor], targets: Any = None, temperature: float = 0.05
 ) -> Tensor:
-    """InfoNCE over the batch, from query to document and back.
+    """InfoNCE over the batch, from query to document and back; under several processes over the batches of all of them.
 
     Args:
         outputs: embeddings of queries and of documents, row by row.
         targets: which query and which document each row is, as `coloss.data.QueryDocumentPairs` gives them: another row with an equal query
             or document is no negative. None: all rows differ.
         temperature: > 0.
+
+    Cost:
+        With targets each process computes the loss of all of them, the same on each.
 
     Examples:
         >>> import torch
@@ -141,7 +144,8 @@ def contrastive_loss(
     queries, documents = outputs
     ignore = None
     if isinstance(targets, tuple | list):
-        query, document = targets
+        # The loss takes no mask across processes, so each holds all rows.
+        queries, documents, query, document = map(gather_with_gradient, (queries, documents, *targets))
         ignore = (query[:, None] == query) | (document[:, None] == document)
     return info_nce_loss(
         queries, documents, temperature, symmetric=True, ignore=ignore, across_processes=ignore is None

@@ -22,6 +22,7 @@ from coloss.data import (
     load,
     load_image_text,
 )
+from coloss.data.image_folder import IMAGE_SUFFIXES
 from coloss.errors import InputError
 from coloss.lab.directions import Direction
 from coloss.lab.known_tasks import (
@@ -96,6 +97,10 @@ def find_task(
     if corruption is not None and (self_supervised or name == HALVES):
         what = "a self-supervised" if self_supervised else "a retrieval"
         raise InputError(f"label noise and imbalance are for classification tasks, {name} is {what} one")
+    if name == IMAGE_TEXT and kind == "token-retrieval":
+        raise InputError(
+            f"{IMAGE_TEXT} has embeddings without tokens: ask for {TOKEN_TOWERS}, and leave kind out"
+        )
     stamp = content_hash(Path(name).expanduser()) if is_file(name) else ""
     if holds_choices(name, kind, target):
         if corruption is not None or target is not None:
@@ -160,7 +165,7 @@ def _corruption(
 
 
 def content_hash(path: Path) -> str:
-    """Identify the content of a file, or the files of a folder by their names and sizes.
+    """Identify the content of a file or folder, of which images count by their names and sizes alone.
 
     Raises:
         InputError: if it cannot be read.
@@ -177,13 +182,19 @@ def content_hash(path: Path) -> str:
         if path.is_dir():
             for file in sorted(found for found in path.rglob("*") if found.is_file()):
                 digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+                if file.suffix.lower() not in IMAGE_SUFFIXES:
+                    _add_bytes(digest, file)
         else:
-            with path.open("rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
+            _add_bytes(digest, path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()[:16]
+
+
+def _add_bytes(digest: Any, path: Path) -> None:
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
 
 
 def _image_text(name: str, stamp: str, limit: int | None) -> Task:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from coloss.metrics.inference import evaluation_mode
+from coloss.metrics.inference import _device, _moved, evaluation_mode
 from coloss.metrics.retrieval import retrieval_metrics
 from coloss.ops import accumulation_dtype
 
@@ -98,7 +98,8 @@ def evaluate_recommender(
 
     Args:
         model: has `scores(histories)` and `unwanted(histories, seen=...)`, such as `coloss.nn.SequentialRecommender`.
-        data: a part of `coloss.data.InteractionSplits`: inputs (users, positions), targets the next items (users).
+        data: a part of `coloss.data.InteractionSplits`: inputs (users, positions), targets the next items (users); moved to the model's
+            device batch by batch.
         ks: cut-offs >= 1.
         exclude_seen: do not rank the items of the history; a user whose next item is one of them is not counted then.
         batch_size: histories at once.
@@ -122,11 +123,12 @@ def evaluate_recommender(
     with evaluation_mode(model):
         for indices in torch.arange(len(data)).split(batch_size):
             batch = data.take(indices)
-            ignore = model.unwanted(batch.inputs, seen=exclude_seen)  # type: ignore[operator]
-            counted = ~ignore.gather(1, batch.targets[:, None]).squeeze(1)
+            histories, wanted = _moved((batch.inputs, batch.targets), _device(model))
+            ignore = model.unwanted(histories, seen=exclude_seen)  # type: ignore[operator]
+            counted = ~ignore.gather(1, wanted[:, None]).squeeze(1)
             if not bool(counted.any()):
                 continue
-            histories, ignore, wanted = batch.inputs[counted], ignore[counted], batch.targets[counted]
+            histories, ignore, wanted = histories[counted], ignore[counted], wanted[counted]
             scores = model.scores(histories)  # type: ignore[operator]
             relevance = torch.zeros_like(ignore).scatter(1, wanted[:, None], True)
             found = retrieval_metrics(scores, relevance, tuple(ks), ignore)

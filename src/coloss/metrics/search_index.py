@@ -29,6 +29,7 @@ FORMAT = 1
 """Version of the files of a stored index."""
 
 _PLAN = "index.json"
+_CONTENTS = {"documents.safetensors", "documents.faiss"}
 
 
 class SearchIndex:
@@ -42,14 +43,14 @@ class SearchIndex:
             nearest to the query.
         effort: what an approximate index looks at for each query, >= 1: of "hnsw" candidates held (64), of "ivf" cells (an eighth of
             all). More is slower and misses less.
-        links: of "hnsw", neighbours of each document in the graph, >= 2.
-        cells: of "ivf", in 1 .. documents; about four times the root of their number by default.
+        links: of "hnsw", neighbours of each document in the graph, >= 2 (32).
+        cells: of "ivf", in 1 .. documents (about four times the root of their number).
 
     Attributes:
         metric, backend, kind, effort: as given.
 
     Raises:
-        ValueError: for shapes, values or options out of range.
+        ValueError: for shapes, values or options out of range, and options that the kind of index does not have.
         InputError: if faiss is asked for and not installed.
 
     Cost:
@@ -77,7 +78,7 @@ class SearchIndex:
         backend: Backend = "exact",
         kind: Kind = "flat",
         effort: int | None = None,
-        links: int = 32,
+        links: int | None = None,
         cells: int | None = None,
     ) -> None:
         if documents.ndim != 2:
@@ -91,14 +92,23 @@ class SearchIndex:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if backend == "exact" and kind != "flat":
             raise ValueError(f"kind must be 'flat' for the backend 'exact', got {kind!r}")
-        if kind == "flat" and effort is not None:
-            raise ValueError(f"effort is of the kinds hnsw and ivf, leave it out for 'flat', got {effort}")
+        for name, given, kinds in (
+            ("effort", effort, ("hnsw", "ivf")),
+            ("links", links, ("hnsw",)),
+            ("cells", cells, ("ivf",)),
+        ):
+            if given is not None and kind not in kinds:
+                owners = f"kind{'s' * (len(kinds) > 1)} {' and '.join(kinds)}"
+                raise ValueError(f"{name} is of the {owners}, leave it out for {kind!r}, got {given}")
+        links = 32 if links is None else links
         if links < 2:
             raise ValueError(f"links must be >= 2, got {links}")
         count = len(documents)
-        if cells is not None and not 1 <= cells <= count:
+        if cells is not None and count and cells > count:
             raise ValueError(f"cells must be in [1, {count}], got {cells}")
-        check_at_least_one(effort=effort if effort is not None else 1)
+        check_at_least_one(
+            **{name: 1 if given is None else given for name, given in (("effort", effort), ("cells", cells))}
+        )
         if not bool(documents.isfinite().all()):
             raise ValueError("documents must be finite, got NaN or infinity")
         self.metric, self.backend, self.kind = metric, backend, kind
@@ -189,6 +199,8 @@ class SearchIndex:
         }
         _replace(folder / name, content)
         _replace(folder / _PLAN, json.dumps(plan, indent=1).encode())
+        for other in _CONTENTS - {name}:
+            (folder / other).unlink(missing_ok=True)
         return folder
 
     @classmethod

@@ -261,7 +261,7 @@ def attention_document_scores(
         c in [0, 1], blocks - 2 columns with a sum of 1; 0 for a document of padding alone.
 
     Raises:
-        ValueError: if shapes do not fit, a signal token is not among the rows, or `normalize` is unknown.
+        ValueError: if shapes do not fit, there is no signal token or one that is not among the rows, or `normalize` is unknown.
 
     Source:
         Gupta et al. 2025, arXiv 2510.05396; `"mean"` and `"max"` are additions.
@@ -275,8 +275,16 @@ def attention_document_scores(
         tensor([[0.5000, 0.5000]])
     """
     rows, tokens = attn_logits.shape[2:]
-    if valid[0].numel() != tokens:
-        raise ValueError(f"attn_logits must have blocks * length = {valid[0].numel()} tokens, got {tokens}")
+    if valid.shape[1] * valid.shape[2] != tokens:
+        expected = valid.shape[1] * valid.shape[2]
+        raise ValueError(f"attn_logits must have blocks * length = {expected} tokens, got {tokens}")
+    if not len(attn_logits) == len(token_index) == len(valid):
+        raise ValueError(
+            f"token_index and valid must hold as many prompts as attn_logits ({len(attn_logits)}), "
+            f"got {len(token_index)} and {len(valid)}"
+        )
+    if token_index.shape[1] < 1:
+        raise ValueError("token_index must name at least one signal token of each prompt, got none")
     if normalize not in ("sum", "mean", "max"):
         raise ValueError(f'normalize must be "sum", "mean" or "max", got {normalize!r}')
     if token_index.numel() and not 0 <= int(token_index.min()) <= int(token_index.max()) < rows:
@@ -358,12 +366,19 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
 
 
 def _check_attention(queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor, last: int) -> None:
-    _, blocks, length = valid.shape
+    batch, blocks, length = valid.shape
     if blocks < 1 or queries.shape[2] != blocks * length:
         raise ValueError(
             f"queries must have blocks * length = {blocks} * {length} tokens, got {queries.shape[2]}"
         )
-    if queries.shape[1] % max(keys.shape[1], 1):
+    if keys.shape != values.shape:
+        raise ValueError(f"values must have the shape of keys {tuple(keys.shape)}, got {tuple(values.shape)}")
+    if not len(queries) == len(keys) == batch or queries.shape[2:] != keys.shape[2:]:
+        raise ValueError(
+            f"queries and keys must be of {batch} prompts, with tokens and dim alike, "
+            f"got {tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
+    if not keys.shape[1] or queries.shape[1] % keys.shape[1]:
         raise ValueError(f"heads of keys must divide the {queries.shape[1]} of queries, got {keys.shape[1]}")
     if not 0 <= last <= length:
         raise ValueError(f"return_last_scores must be in [0, {length}], the length of a block, got {last}")

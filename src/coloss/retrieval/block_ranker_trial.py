@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coloss.data import IndexedDataset, WordVocabulary, load_raw
 from coloss.data.image_text import words_of
+from coloss.metrics.inference import _device, _moved
 from coloss.retrieval.block_language_model import BlockBatch, BlockRanker
 from coloss.train import Budget, Objective, Task
 
@@ -116,9 +117,10 @@ def prompt_accuracies(model: nn.Module, prompts: KeywordPrompts) -> dict[str, fl
         ['attention_accuracy', 'decode_accuracy', 'top_share']
     """
     ranker = cast(BlockRanker, model)
+    asked = _moved(prompts.test, _device(model))
     with torch.no_grad():
-        scores = ranker.rank(prompts.test)
-    answers = ranker.decode(prompts.test, max_tokens=1)[:, 0] - prompts.first_number
+        scores = ranker.rank(asked).cpu()
+    answers = ranker.decode(asked, max_tokens=1)[:, 0].cpu() - prompts.first_number
     return {
         "attention_accuracy": (scores.argmax(1) == prompts.test_relevant).float().mean().item(),
         "decode_accuracy": (answers == prompts.test_relevant).float().mean().item(),

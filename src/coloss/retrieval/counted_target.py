@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coloss.errors import InputError
 from coloss.metrics import evaluation_mode
+from coloss.metrics.inference import _device
 from coloss.retrieval.query_synthesis import Answer
 
 
@@ -64,7 +65,8 @@ class CountedTarget:
     Args:
         target: a module with `recommend(histories, k)`, which is called in evaluation mode and left in the mode it was in; or a function
             from histories (rows, positions), padded with 0 on the left, to lists (rows, at least k) of item numbers from 1, best first.
-            A function adapts the padding to its model, and is responsible for its mode.
+            A module is given histories on its own device. A function adapts padding and device to its model, and is responsible for its
+            mode.
         k: length of the lists.
         num_items: items are 1 .. num_items.
         budget: histories answered in all; None: no limit.
@@ -119,7 +121,8 @@ class CountedTarget:
         lists = self._lists(histories)
         if self.noise == 0 or not len(lists):
             return lists
-        others = torch.ones(len(lists), self.num_items + 1).scatter(1, lists, 0.0).scatter(1, histories, 0.0)
+        others = torch.ones(len(lists), self.num_items + 1).scatter(1, lists, 0.0)
+        others = others.scatter(1, histories.cpu(), 0.0)
         others[:, 0] = 0.0
         # Of items that could stand in their place; where there are too few, the list stays as it is there.
         luck = torch.rand(others.shape, generator=self.generator) * others
@@ -128,12 +131,14 @@ class CountedTarget:
         return torch.where(wrong, replacement[:, : self.k], lists)
 
     def _lists(self, histories: Tensor) -> Tensor:
+        """Lists on the CPU, wherever the target is."""
         module = self.target if isinstance(self.target, nn.Module) else getattr(self.target, "__self__", None)
+        asked = histories.to(_device(module)) if isinstance(module, nn.Module) else histories
         with evaluation_mode(module) if isinstance(module, nn.Module) else nullcontext(), torch.no_grad():
             if isinstance(self.target, nn.Module):
-                found: Any = self.target.recommend(histories, self.k)  # type: ignore[operator]
+                found: Any = self.target.recommend(asked, self.k)  # type: ignore[operator]
             else:
-                found = self.target(histories)
+                found = self.target(asked)
         if (
             not isinstance(found, Tensor)
             or found.ndim != 2
@@ -144,7 +149,7 @@ class CountedTarget:
             raise InputError(
                 f"target must answer with lists of item numbers ({len(histories)}, k), got {shape}"
             )
-        lists = found[:, : self.k]
+        lists = found[:, : self.k].cpu()
         ordered = lists.sort(dim=1).values
         repeats = bool((ordered[:, 1:] == ordered[:, :-1]).any())
         if (

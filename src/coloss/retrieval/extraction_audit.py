@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from coloss.data import IndexedDataset
 from coloss.errors import InputError
 from coloss.metrics import agreement_at_k, evaluation_mode, exact_match_at_k, rank_biased_overlap
+from coloss.metrics.inference import _device
 from coloss.nn import SequentialRecommender, next_item_loss
 from coloss.ops import top_items
 from coloss.retrieval.counted_target import NO_DEFENCE, CountedTarget, Defence
@@ -132,7 +133,7 @@ class ExtractionAudit:
             raise InputError(
                 f"few_shot and held_out must hold users, got {len(few_shot)} and {len(held_out)}"
             )
-        self.target, self.few_shot, self.held_out = target, few_shot, held_out
+        self.target, self.few_shot, self.held_out = target, few_shot.cpu(), held_out.cpu()
         self.num_items, self.k, self.list_length = num_items, k, min(list_length, num_items)
         self.budgets, self.strategies, self.defences = tuple(budgets), tuple(strategies), tuple(defences)
         self.repair, self.steps, self.exclude_seen, self.seed = repair, steps, exclude_seen, seed
@@ -142,8 +143,8 @@ class ExtractionAudit:
         )
         self._taught: nn.Module | None = None
         # The owner's own look at the target, which no budget counts.
-        self.truth = CountedTarget(target, k, num_items)(held_out)
-        if exclude_seen and bool((self.truth[:, :, None] == held_out[:, None, :]).any()):
+        self.truth = CountedTarget(target, k, num_items)(self.held_out)
+        if exclude_seen and bool((self.truth[:, :, None] == self.held_out[:, None, :]).any()):
             raise InputError("the target lists items of the history: give exclude_seen=False")
 
     def run(self, progress: Callable[[float], None] | None = None) -> pd.DataFrame:
@@ -212,7 +213,8 @@ class ExtractionAudit:
     def judge(self, copy: nn.Module) -> dict[str, float]:
         """Agreement of a recommender with the undefended target on the held-out users."""
         with evaluation_mode(copy):
-            lists = copy.recommend(self.held_out, self.k, exclude_seen=self.exclude_seen)  # type: ignore[operator]
+            histories = self.held_out.to(_device(copy))
+            lists = copy.recommend(histories, self.k, exclude_seen=self.exclude_seen).cpu()  # type: ignore[operator]
         return {
             "agreement@1": agreement_at_k(lists, self.truth, 1),
             f"agreement@{self.k}": agreement_at_k(lists, self.truth, self.k),
@@ -275,7 +277,7 @@ class _Popular(nn.Module):
 
     def recommend(self, histories: Tensor, k: int, *, exclude_seen: bool = True) -> Tensor:
         """The k most frequent items, but for padding and those of the history."""
-        ignore = torch.zeros(len(histories), len(self.counts), dtype=torch.bool)
+        ignore = torch.zeros(len(histories), len(self.counts), dtype=torch.bool, device=histories.device)
         if exclude_seen:
             ignore.scatter_(1, histories, True)
         ignore[:, 0] = True

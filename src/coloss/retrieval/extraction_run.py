@@ -1,12 +1,15 @@
 """Audits a recommender of one's own interactions against imitation, and stores what came out: behind `coloss run recsys-extraction`."""
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from coloss.data import load_interactions
@@ -41,6 +44,7 @@ def audit_recommender(
     target: nn.Module | None = None,
     queries: int = 600,
     copy_steps: int = 150,
+    exclude_seen: bool = True,
 ) -> dict[str, float]:
     """Train a recommender on interactions, or take your own, and measure how far copies made from its answers agree with it.
 
@@ -56,17 +60,21 @@ def audit_recommender(
         budget: of training the recommender; default: 20 epochs, at least 300 and at most 2,000 steps.
         seed: of users, queries and training.
         progress: called with the share done.
-        target: your own recommender of these items (numbered 1 .. in the order of their first appearance in the table, see
-            `coloss.data.load_interactions`), a module with `recommend(histories, k)` and `scores(histories)`; None trains one.
+        target: your own recommender of these items, a module with `recommend(histories, k)`; None trains one. Items are numbered as by
+            `coloss.data.load_interactions(data, min_length=3).item_names`, those of the data set by name as with `items=300` instead.
+            With `scores(histories)` and `unwanted(histories, seen=...)`, which `coloss.metrics.evaluate_recommender` needs, its recall
+            is measured, too.
         queries: answers that each copy is made from, >= 1.
         copy_steps: of training a copy, >= 1.
+        exclude_seen: whether the recommender leaves the items of a history out of its lists; copies do the same.
 
     Returns:
-        `target_recall@10` on held-out users, and the agreement@10 of each copy with the recommender, under the name of its strategy and
-        defence: "agreement@10 few-shot, lists of 5".
+        `target_recall@10` on held-out users, where the recommender gives scores, and the agreement@10 of each copy with the recommender,
+        under the name of its strategy and defence: "agreement@10 few-shot, lists of 5".
 
     Raises:
-        InputError: for data that cannot be read or hold too few users or items, a value out of range, or a folder that holds another audit.
+        InputError: for data that cannot be read or hold too few users or items, a value out of range, or a folder that holds another
+            audit: of other data, options, or a recommender that answers held-out users otherwise.
 
     Source:
         arXiv 2411.11677, 2024; Yue et al. 2021, arXiv 2109.01165.
@@ -95,16 +103,25 @@ def audit_recommender(
     owned = torch.isin(splits.train.ids, others).nonzero().flatten()
     if not len(held_out) or not len(known) or not len(owned) or splits.num_items < 3 * K:
         raise InputError(
-            f"{data} must hold at least 23 users of 4 interactions or more, and {3 * K} items, for an audit, "
+            f"{data} must hold at least 22 users of 3 interactions or more, some of 4, and {3 * K} items, for an audit, "
             f"got {len(order)} users and {splits.num_items} items"
         )
     folder = Path(folder)
-    options = {"queries": queries, "copy_steps": copy_steps, "own_target": target is not None}
-    steps = budget.as_dict() if budget is not None else None
-    source = data if named else source_name(str(Path(data).expanduser()))
-    claim_folder(folder, {"data": source, "seed": seed, "users": len(order), "budget": steps, **options})
+    run = {
+        "data": data if named else source_name(str(Path(data).expanduser())),
+        "seed": seed,
+        "users": len(order),
+        "content": _fingerprint(splits.sequence, splits.start),
+        "budget": budget.as_dict() if budget is not None else None,
+        "queries": queries,
+        "copy_steps": copy_steps,
+        "exclude_seen": exclude_seen,
+        "own_target": target is not None,
+    }
     histories = splits.test.subset(held_out)
+    own = target is not None
     if target is None:
+        claim_folder(folder, run)
         train = splits.train.subset(owned)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -126,7 +143,7 @@ def audit_recommender(
     few_shot, inputs = splits.test.subset(known).inputs, histories.inputs
     assert isinstance(few_shot, Tensor) and isinstance(inputs, Tensor)
     audit = ExtractionAudit(
-        target,
+        target if own or exclude_seen else _WithSeen(target),
         few_shot,
         inputs,
         num_items=splits.num_items,
@@ -134,16 +151,39 @@ def audit_recommender(
         k=K,
         defences=DEFENCES,
         steps=copy_steps,
+        exclude_seen=exclude_seen,
         seed=seed,
     )
+    if own:  # known by what it answers: it may be any module
+        claim_folder(folder, run | {"answers": _fingerprint(audit.truth.numpy())})
     table = _table(audit, folder / "audit.csv", progress)
-    quality = evaluate_recommender(target, histories, ks=(K,)) if hasattr(target, "scores") else {}
-    metrics = {f"target_recall@{K}": quality[f"recall@{K}"]} if quality else {}
+    metrics = {}
+    if hasattr(target, "scores") and hasattr(target, "unwanted"):
+        quality = evaluate_recommender(target, histories, ks=(K,), exclude_seen=exclude_seen)
+        metrics[f"target_recall@{K}"] = quality[f"recall@{K}"]
     for row in table.to_dict("records"):
         defence = "" if row["defence"] == NO_DEFENCE.name else f", {row['defence']}"
         metrics[f"agreement@{K} {row['strategy']}{defence}"] = float(row[f"agreement@{K}"])
     write_metrics(folder, metrics)
     return metrics
+
+
+class _WithSeen(nn.Module):
+    """A recommender that lists items of the history, too."""
+
+    def __init__(self, recommender: nn.Module) -> None:
+        super().__init__()
+        self.recommender = recommender
+
+    def recommend(self, histories: Tensor, k: int) -> Tensor:
+        return self.recommender.recommend(histories, k, exclude_seen=False)  # type: ignore[operator]
+
+
+def _fingerprint(*arrays: NDArray[np.int64]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _table(audit: ExtractionAudit, path: Path, progress: Callable[[float], None] | None) -> pd.DataFrame:

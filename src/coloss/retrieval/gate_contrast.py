@@ -43,6 +43,9 @@ from coloss.retrieval.mixture_ranker import HistoryInput, MixtureRanker, expert_
 from coloss.retrieval.shown_items import shown_items_task, tower
 from coloss.train import Arm, Budget, Claim, Fit, Method, Schedule, Setting, State, System
 
+_GATE = "gate"
+"""Where a ranker with `gate_vector` has its gate."""
+
 MaskInputs = Callable[[Any, torch.Generator], Any]
 
 
@@ -177,14 +180,15 @@ class GateContrast(Method):
         temperature: tau > 0.
         drop: probability of forgetting a behaviour, in [0, 1].
         min_keep: behaviours that stay in any case.
-        gate: module path of the gate. The masked pass calls the model's `gate_vector(inputs)`, or runs the whole model where it has none.
+        gate: module path of the gate, or of what else is to be contrasted. The masked pass runs the whole model; for the default path it
+            only calls the model's `gate_vector(inputs)`, where it has one.
         mask: makes masked inputs, `(inputs, generator) -> inputs`; default: `mask_histories` with `drop`.
 
     Raises:
-        InputError: for a value out of range; in a run, if the model has no such module, its output is no (batch, features) tensor, or
-            `batch.extras["user"]` does not hold one number for each sample. Without that extra all samples count as different users.
+        InputError: for a value out of range; in a run, if the model has no such module, its output is no (batch, features) tensor, or of
+            another shape for masked histories, or `batch.extras["user"]` does not hold one number for each sample. Without that extra all samples count as different users.
 
-    Cost: one more pass through the gate.
+    Cost: one more pass through the gate, or the model.
 
     Source:
         JD.com 2023, arXiv 2306.05011, reconstructed.
@@ -213,7 +217,7 @@ class GateContrast(Method):
         temperature: float = 0.2,
         drop: float = 0.3,
         min_keep: int = 1,
-        gate: str = "gate",
+        gate: str = _GATE,
         mask: MaskInputs | None = None,
     ) -> None:
         super().__init__()
@@ -244,11 +248,16 @@ class GateContrast(Method):
                 state.batch.inputs, self.drop, state.local_generator, min_keep=self.min_keep
             )
         with state.features.set_aside():
-            if hasattr(state.model, "gate_vector"):
+            if self.gate == _GATE and hasattr(state.model, "gate_vector"):
                 masked = state.model.gate_vector(inputs)  # type: ignore[operator]
             else:
                 state.model(inputs)
                 masked = state.features["gate_contrast"]
+        if not isinstance(masked, Tensor) or masked.shape != gates.shape:
+            found = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
+            raise InputError(
+                f"gate {self.gate!r} must give {tuple(gates.shape)} for masked histories too, got {found}"
+            )
         if state.step % 10 == 0:
             state.log({"gate_balance": expert_load(gates)[1]})
         users = state.batch.extras.get("user")

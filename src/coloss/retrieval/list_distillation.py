@@ -167,9 +167,10 @@ class ListDistillation(Method):
     returns scores of all items (batch, items), or `NextItemOutputs` as `coloss.nn.SequentialRecommender` does.
 
     Args:
-        target: recommender to imitate, with `recommend(histories, k)`: frozen in place, in evaluation mode whatever happens around it.
-            None: the lists come with the batch, as `extras["ranked_items"]` (batch, k).
-        k: length of the target's lists.
+        target: recommender to imitate, with `recommend(histories, k)`, asked with `exclude_seen=False` besides where that is said here:
+            frozen in place, in evaluation mode whatever happens around it. None: the lists come with the batch, as
+            `extras["ranked_items"]` (batch, k).
+        k: length of the target's lists, at most the items that a history leaves to be listed.
         repair: weight of the term `repair`: a number >= 0, or a schedule; the number 0 leaves it out.
         form: of the repair loss.
         num_negatives: as for `list_distillation_loss`.
@@ -262,10 +263,12 @@ class ListDistillation(Method):
 
     def _lists(self, state: State, histories: Tensor) -> Tensor:
         if self.target is not None:
-            with torch.no_grad():
-                return self.target.module.recommend(  # type: ignore[operator]
-                    histories, self.k, exclude_seen=self.exclude_seen
-                )
+            options = {} if self.exclude_seen else {"exclude_seen": False}
+            try:
+                with torch.no_grad():
+                    return self.target.module.recommend(histories, self.k, **options)  # type: ignore[operator]
+            except ValueError as error:
+                raise InputError(f"the target has no lists of k = {self.k} items: {error}") from error
         lists = state.batch.extras.get("ranked_items")
         if not isinstance(lists, Tensor) or lists.ndim != 2 or len(lists) != len(histories):
             found = tuple(lists.shape) if isinstance(lists, Tensor) else type(lists).__name__
