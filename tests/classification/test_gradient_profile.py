@@ -121,3 +121,10 @@ def test_inside_no_grad_it_works_all_the_same() -> None:
 def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gradient_profile(**({"loss": F.cross_entropy} | options))
+
+
+def test_measuring_leaves_the_generators_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reseeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    LossProfiles({"cross-entropy": F.cross_entropy}, points=3).measure()
+    assert not reseeded

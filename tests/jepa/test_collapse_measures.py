@@ -211,6 +211,20 @@ def test_means_that_coincide() -> None:
     assert math.isnan(nc2(torch.zeros(3, 2))) and math.isnan(equinorm(torch.zeros(3, 2)))
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.1, 1e8])
+def test_means_that_coincide_up_to_rounding(offset: float) -> None:
+    rows = offset + torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # The same samples in three orders: their sums differ in the last digits.
+    features = torch.cat([rows, rows.flip(0), rows.roll(123, 0)])
+    classes = torch.arange(3).repeat_interleave(500)
+    means = class_means(features, classes)
+    assert (means != means[0]).any()
+    assert all(nc1(features, classes, kind) == math.inf for kind in KINDS)
+    # A difference beyond rounding is kept.
+    features[:500] += 1e-12 * (offset + 1)
+    assert all(1e6 < nc1(features, classes, kind) < math.inf for kind in ("trace", "pinv"))
+
+
 def test_nearest_mean_agreement_and_its_ties() -> None:
     means = torch.tensor([[0.0], [4.0]])
     features = torch.tensor([[1.0], [2.0], [3.9]])

@@ -149,6 +149,14 @@ def test_a_short_path_is_the_minimiser_near_its_start() -> None:
     torch.testing.assert_close(near, moved, rtol=0, atol=2e-3 * float(moved.abs().max()))
 
 
+def test_features_of_0_stay_0_and_one_that_is_0_moves() -> None:
+    rows, labels = torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])
+    assert not central_path(rows, labels, 0.1, 0.1, [0.0, 1.0]).features.any()
+    rows[0] = torch.tensor([1e-320, 0.0]).double()
+    assert central_path(rows.double(), labels, 0.1, 0.1, [1.0]).features.isfinite().all()
+    assert not solve_near(torch.zeros(4, 2), labels, 0.1, 0.1, 1.0).features.any()
+
+
 def test_on_digits_the_features_nearby_are_more_collapsed_by_their_own_decay() -> None:
     data = load("digits", seed=0, limit=400).train.all()
     labels = data.targets
@@ -197,6 +205,22 @@ def test_bad_input_is_named(as_users_call: None) -> None:
         (lambda: solve_near(rows, labels, 0.1, 0.1, 1.0, tolerance=0.0), "tolerance must be > 0, got 0.0"),
         (lambda: central_path(rows, labels, 0.1, 0.1, [1.0, 1.0]), "times must be increasing"),
         (lambda: central_path(rows, labels, 0.1, 0.1, []), "times must be increasing"),
+        (lambda: central_path(rows, labels, 0.1, 0.1, [0.0, math.inf]), "and finite, got .*inf"),
+        (lambda: central_path(rows, labels, 0.1, 0.1, [math.nan]), "and finite, got .*nan"),
+        (lambda: central_path(1e200 * rows, labels, 0.1, 0.1, [1.0]), "must start with a finite velocity"),
+        (lambda: central_path(rows / 0, labels, 0.1, 0.1, [1.0]), "features must be finite"),
+        (lambda: solve_near(rows * math.nan, labels, 0.1, 0.1, 1.0), "features must be finite"),
+        (lambda: solve_near(rows, labels - 1, 0.1, 0.1, 1.0), r"classes must be in \[0, 1\), got -1"),
+        (
+            lambda: solve_near(rows, labels, 0.1, 0.1, 1.0, num_classes=1),
+            r"classes must be in \[0, 1\), got 1",
+        ),
+        (lambda: solve_near(rows, labels, 0.1, 0.1, 1.0, num_classes=0), "num_classes must be >= 1, got 0"),
+        (
+            lambda: free_features_loss(normal(1, 2), rows, labels, 0.1, 0.1),
+            r"classes must be in \[0, 1\), got 1",
+        ),
+        (lambda: free_features_loss(normal(2, 2), rows, labels[:3], 0.1, 0.1), r"got \(4, 2\) and \(3,\)"),
         (lambda: central_path(rows, labels, 0.1, 0.1, [1.0], tolerance=0.0), "tolerance must be > 0"),
         (
             lambda: free_features_loss(normal(2, 2), rows, labels, -1.0, 0.1),

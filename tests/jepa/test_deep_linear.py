@@ -141,3 +141,14 @@ def test_bad_input_is_named() -> None:
 def test_objectives_are_known(as_users_call: None) -> None:
     with pytest.raises(InputError, match='objective must be "jepa" or "mae", got \'simclr\''):
         DeepLinearSSL(2, 1, "simclr")
+
+
+def test_training_is_the_same_under_autocast() -> None:
+    x, y = (view.float() for view in exact_views([1.0, 1.5], [0.9, 0.5]))
+    courses = []
+    for enabled in (False, True):
+        model = DeepLinearSSL(2, 2, start=0.1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            courses.append(train_deep_linear(model, x, y, learning_rate=0.2, steps=60))
+    assert torch.equal(courses[0].gains, courses[1].gains)
+    assert (courses[0].gains[-1] > courses[0].gains[0]).all()

@@ -151,6 +151,14 @@ def test_views_have_the_type_of_the_images_and_parameters_are_not_rounded(name: 
     assert parameters.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_views_agree_with_their_parameters_under_autocast(name: str) -> None:
+    views, parameters = TRANSFORMS[name](images(), torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under, same = TRANSFORMS[name](images(), torch.Generator().manual_seed(0))
+    assert torch.equal(parameters, same) and torch.equal(views, under)
+
+
 def test_a_chain_applies_its_parts_in_order() -> None:
     rotate, shift = Rotations(30), Shifts(0.25)
     found, parameters = TransformChain([rotate, shift])(images(), torch.Generator().manual_seed(0))
@@ -166,6 +174,27 @@ def test_views_of_a_sample_stand_beside_one_another_each_with_its_parameters() -
     for view in range(4):
         torch.testing.assert_close(views[:, view], rotate.apply(images(), angles[:, view]))
     assert len(angles.flatten().unique()) == 24
+
+
+def test_a_chain_looks_in_the_order_of_its_first_part_and_of_no_other() -> None:
+    inputs, eye = images(4, 1, 12, 12), Saccades(3, 2)
+    chain = TransformChain([eye, Rotations(30), Shifts(0.1)])
+    _, known = draw_views(chain, inputs, 4, torch.Generator().manual_seed(0))
+    _, places = draw_views(eye, inputs, 4, torch.Generator().manual_seed(0))
+    assert known.shape == (4, 4, 5) and torch.equal(known[..., :2], places)
+    views, known = draw_views(TransformChain([eye, Blurs((0.5, 0.6), 3)]), inputs, 3)
+    for place in range(3):
+        looked = (known[:, place, :2] * 12 - 1.5).round().long()
+        patches = [image[:, top : top + 3, left : left + 3] for image, (top, left) in zip(inputs, looked)]
+        blurred = Blurs((0.5, 0.6), 3).apply(torch.stack(patches), known[:, place, 2:])
+        torch.testing.assert_close(views[:, place], blurred)
+    only = TransformChain([TransformChain([eye])])
+    assert draw_views(only, inputs, 4, torch.Generator().manual_seed(0))[1].equal(places)
+    assert not hasattr(TransformChain([Rotations(30)]), "draw_sequence")
+    for late in (eye, TransformChain([eye])):
+        name = type(late).__name__
+        with pytest.raises(ValueError, match=f"in the first place alone, got {name} at place 1"):
+            TransformChain([Rotations(30), late])
 
 
 def test_differences_are_worked_by_hand_and_add_up_along_the_way() -> None:
@@ -237,6 +266,9 @@ def test_stored_euler_angles_become_actions() -> None:
 
 def test_a_constant_parameter_has_spread_one() -> None:
     assert parameter_spread(torch.tensor([[[5.0, 1.0], [5.0, 3.0]]])).tolist() == [1.0, 1.0]
+    # The mean of 49 times 0.1 is not 0.1.
+    constant = torch.full((49, 1), 0.1)
+    assert parameter_spread(constant).item() == parameter_spread(constant.double()).item() == 1
     assert relative_actions(torch.zeros(2, 1, 3)).shape == (2, 0, 3)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from coloss.jepa import fixed_point, integrate, jepa_time, mae_time
+from coloss.jepa.time_courses import check_times, solve_course
 
 SOLVE = {"jepa": jepa_time, "mae": mae_time}
 A_B = torch.tensor([1.0, 1.2]), torch.tensor([0.9, 0.3])
@@ -156,9 +157,19 @@ def test_bad_input_is_named(as_users_call: None) -> None:
         (lambda: mae_time(1.0, 0.5, 1, 0.0), "start must be > 0 and finite, got 0.0"),
         (lambda: jepa_time(1.0, 0.5, 1, 0.01, 1.0), r"share must be in \(0, 1\), got 1.0"),
         (lambda: fixed_point("byol", 0.5, 1), 'objective must be "jepa" or "mae", got \'byol\''),
-        (lambda: integrate("jepa", one, -one, 1, 0.01, [1.0]), "must be of one sign in each feature"),
+        (lambda: integrate("jepa", one, -one, 1, 0.01, [1.0]), "of one sign in each feature"),
         (lambda: integrate("jepa", one, one, 1, 0.01, [2.0, 1.0]), "times must be increasing"),
+        (lambda: integrate("jepa", one, one, 1, 0.01, [math.inf]), "and finite, got .inf"),
+        (lambda: integrate("jepa", one, one, 1, 0.01, [0.0, math.nan]), "and finite, got .*nan"),
+        (lambda: integrate("jepa", one / 0, one, 1, 0.01, [1.0]), "must be finite, of one sign"),
+        (lambda: integrate("jepa", one, one, 3, 1e300, [1.0]), "must start with a finite velocity"),
         (lambda: integrate("jepa", one, one, 1, -1.0, [1.0]), "start must be > 0 and finite, got -1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_course_that_breaks_off_is_refused() -> None:
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match="times must be reachable, up to 2 they"):
+        # 1 / (1 - t) is infinite at 1.
+        solve_course(lambda time, values: values**2, np.ones(1), check_times([2.0]), rtol=1e-6)

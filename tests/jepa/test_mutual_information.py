@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_iris, load_wine
 
+import coloss.jepa.mutual_information_training as training
 import coloss.jepa.mutual_information_trial as trial
 from coloss import Budget
 from coloss.errors import InputError
@@ -33,6 +34,7 @@ from coloss.jepa import (
     train_mist,
 )
 from coloss.jepa.mutual_information import WEIGHTS
+from coloss.jepa.mutual_information_report import KSG_NEIGHBOURS, choose_neighbours
 from coloss.lab.claims import verify
 
 NETWORKS = {
@@ -394,6 +396,25 @@ def test_budgets_in_epochs_are_refused(tmp_path):
         train_mist("iris", tmp_path, budget=Budget(epochs=1))
 
 
+def test_neighbours_are_chosen_on_training_sets(monkeypatch, shipped):
+    sets = MIMetaDataset(batches=4, batch_size=8, seed=3_000_000)
+    errors = {k: mean_squared_error(judge_estimator(KSG(k), sets)) for k in (1, 2, 3, 5, 8)}
+    assert choose_neighbours(sets) == min(errors, key=errors.get) == KSG_NEIGHBOURS
+    assert choose_neighbours(sets, [8, 5]) == 5
+    with pytest.raises(InputError, match="choices must hold at least one number of neighbours, got none"):
+        choose_neighbours(sets, [])
+    judged = []
+
+    def record(estimator, sets, levels=None, every=1):
+        judged.append(estimator)
+        return [JudgedEstimate(0.3, 0.1, 0.5, 0.2, 100, 1, 1, "clayton", "base")]
+
+    monkeypatch.setattr(training, "judge_estimator", record)
+    monkeypatch.setattr(training, "crossing_rate", lambda estimator, sets: 0.0)
+    training._judge(shipped, 0)
+    assert {one.k for one in judged if isinstance(one, KSG)} == {KSG_NEIGHBOURS}
+
+
 def test_held_out_sets_are_held_out():
     sets = trial.held_out_sets(seed=0, batches=1)
     defaults = MIMetaDataset()
@@ -411,5 +432,8 @@ def test_the_claim_can_be_measured():
     found = verify("mist", smoke=True)
     assert found["metric"] == "squared_error"
     arms = found["arms"]
-    assert {"KSG", "Gaussian", "Gaussian copula", "InfoNCE", "mist"} <= set(arms)
+    assert {"KSG", "KSG, k = 5", "Gaussian", "Gaussian copula", "InfoNCE", "mist"} <= set(arms)
     assert {"coverage_held_out", "coverage_seen", "interval_width"} <= set(arms["mist"]["metrics"])
+    tuned = judge_estimator(KSG(KSG_NEIGHBOURS), trial.held_out_sets(0, batches=1)["new_family"])
+    (first, *_) = arms["KSG"]["metrics"]["squared_error_new_family"]["values"]
+    assert first == pytest.approx(mean_squared_error(tuned))

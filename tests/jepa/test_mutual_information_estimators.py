@@ -92,6 +92,20 @@ def test_correction_takes_the_excess_off():
     assert corrected.abs() < 0.03
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_columns_that_tell_nothing_new_are_not_corrected_for(dtype):
+    x, y = torch.randn(2, 24, 2, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+    # The sum, and the mean of numbers 0.1, are rounded.
+    constant = torch.full((24, 1), 0.1, dtype=dtype)
+    wide, other = torch.cat([x, x.sum(1, keepdim=True), constant], 1), torch.cat([y, constant], 1)
+    for correct in (False, True):
+        estimator = GaussianMI(correct=correct)
+        torch.testing.assert_close(estimator.estimate(wide, other), estimator.estimate(x, y))
+        assert estimator.estimate(x, constant) == 0
+    # Six samples are enough for four independent columns.
+    assert GaussianMI().estimate(wide[:6], other[:6]).isfinite()
+
+
 def test_neither_order_of_samples_nor_of_sides_matters():
     x, y = correlated(60, 0.6, 2)
     order = torch.randperm(60)
@@ -161,6 +175,20 @@ def test_training_a_bound_leaves_the_global_randomness_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_training_a_bound_leaves_the_generators_of_gpus_alone(monkeypatch):
+    reseeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    InfoNCE(steps=1).estimate(*correlated(20, 0.5))
+    assert not reseeded
+
+
+def test_a_bound_is_trained_in_full_precision_under_autocast():
+    pair, estimator = correlated(60, 0.9), InfoNCE(steps=30, rate=1e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = estimator.estimate(*pair)
+    assert torch.equal(found, estimator.estimate(*pair)) and found > 0.2
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -168,7 +196,7 @@ def test_training_a_bound_leaves_the_global_randomness_alone():
         (lambda: KSG(5).estimate(torch.zeros(5, 1), torch.zeros(5, 1)), "more than k = 5 samples, got 5"),
         (
             lambda: GaussianMI().estimate(torch.randn(5, 2), torch.randn(5, 2)),
-            "more than 5 samples for 4 columns, got 5",
+            "more than 5 samples for 4 independent columns, got 5",
         ),
         (lambda: InfoNCE(steps=0), "steps must be >= 1, got 0"),
         (lambda: InfoNCE(rate=0.0), "rate must be > 0, got 0.0"),

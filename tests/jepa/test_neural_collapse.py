@@ -104,6 +104,16 @@ def test_the_output_of_a_backbone_is_known_as_what_enters_the_head() -> None:
     assert "nc3" in report["backbone"] and "nc3" not in report["backbone.layers.0"]
 
 
+def test_a_layer_that_equals_what_enters_the_head_in_one_batch_alone_is_another() -> None:
+    model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Linear(2, 2))
+    # On the first and the last sample the ReLU changes nothing.
+    data = IndexedDataset(
+        torch.tensor([[1.0, 2.0], [-1.0, 2.0], [0.5, -1.0], [2.0, 1.0]]), torch.tensor([0, 1, 0, 1])
+    )
+    report = collapse_report(model, data, ["0", "1"], batch_size=1)
+    assert "nc3" in report["1"] and "nc3" not in report["0"]
+
+
 def test_a_network_without_a_linear_layer_and_maps_of_convolutions() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     data = (torch.rand(20, 1, 3, 3), torch.arange(20) % 3)

@@ -20,6 +20,7 @@ from coloss.jepa import (
     stable_rank,
 )
 from coloss.nn import MLP, Classifier
+from coloss.ops import gram_singular_values
 from coloss.train import Budget, Method, TrainingStep, fit
 
 
@@ -70,6 +71,20 @@ def test_values_are_those_of_the_newest_rows():
         "collapsed": 0.0,
     }
     assert monitor.compute() == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_ranks_come_from_two_spectra(monkeypatch):
+    spectra = []
+
+    def count(embeddings, center=False):
+        spectra.append(center)
+        return gram_singular_values(embeddings, center)
+
+    monkeypatch.setattr("coloss.metrics.effective_ranks.gram_singular_values", count)
+    monitor = EffectiveRankMonitor()
+    monitor.update(normal(20, 4))
+    monitor.compute()
+    assert sorted(spectra) == [False, True]
 
 
 def test_one_update_larger_than_the_buffer():

@@ -22,6 +22,7 @@ from coloss.jepa import (
     SparseJEPA,
     VarianceSaliency,
     saliency_map,
+    salient_region_trial,
 )
 from coloss.lab.claims import verify
 from coloss.nn import Classifier, token_encoder_for_shape
@@ -360,6 +361,7 @@ def test_what_does_not_fit_is_refused(call, message, as_users_call: None) -> Non
         call()
 
 
-def test_the_claim_runs() -> None:
+def test_the_claim_runs(read_by_predict_alone) -> None:
+    read_by_predict_alone(salient_region_trial)
     found = verify("dseq-jepa", smoke=True)
     assert "overlap" in found["arms"]["dseq-jepa"]["metrics"]

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,6 +289,19 @@ def test_a_missing_channel_becomes_its_mean_and_a_constant_one_keeps_its_scale()
     assert preparation(gone).abs().max() < 1e-6
 
 
+def test_double_precision_far_from_zero_is_centred_and_an_older_file_still_loads() -> None:
+    """Years counted in days, say: float32 knows 1e8 to within 4."""
+    train = 1e8 + 1.7 + series(200, 1).double()
+    preparation = SeriesPreparation(1).measure(train)
+    found = preparation(train)
+    assert found.dtype == torch.float32
+    expected = (train - train.mean()) / train.std(correction=0)
+    torch.testing.assert_close(found, expected.clamp(-5, 5).float(), rtol=0, atol=1e-5)
+    older = {"mean": torch.tensor([0.3]), "std": torch.tensor([2.0])}
+    preparation.load_state_dict(older)
+    assert torch.equal(preparation(series(2, 1)), (series(2, 1) - older["mean"]) / older["std"])
+
+
 def test_half_precision_with_a_tiny_deviation_is_scaled_in_float32() -> None:
     """In half precision the sum of squares, and 1 / deviation, leave its range."""
     stored = (series(50, 1) * 2e-5).half()
@@ -367,6 +381,31 @@ def test_fine_tuning_learns_a_few_labels_and_leaves_the_encoder_alone() -> None:
         fine_tune_series(classifier, inputs, targets)
 
 
+def test_fine_tuning_refuses_fewer_classes_than_targets_hold() -> None:
+    model = SeriesModel(SeriesPreparation(2), new_encoder(), crop=24)
+    with pytest.raises(ValueError, match=r"classes must be > the largest target 3, got 3"):
+        fine_tune_series(model, series(8), torch.arange(8) % 4, classes=3)
+
+
+def test_what_is_fine_tuned_on_an_accelerator_comes_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device "meta" stands for the accelerator that `fit` leaves a network on."""
+    import coloss.jepa.series_model as room
+
+    def fit_there(network, *given, **more):
+        return SimpleNamespace(model=network.to("meta"))
+
+    def moved(self: SeriesModel, device: torch.device) -> SeriesModel:
+        seen.append(device)
+        return self
+
+    seen: list[torch.device] = []
+    monkeypatch.setattr(room, "fit", fit_there)
+    monkeypatch.setattr(SeriesModel, "to", moved)
+    model = SeriesModel(SeriesPreparation(2), new_encoder(), crop=24)
+    fine_tune_series(model, series(8), torch.arange(8) % 2)
+    assert seen == [torch.device("cpu")]
+
+
 def test_few_label_probes_scale_features_and_average_over_draws() -> None:
     torch.manual_seed(0)
     features, targets = torch.randn(60, 3), torch.arange(60) % 2
@@ -433,6 +472,11 @@ def test_an_array_without_classes_is_pretrained_and_metered(tmp_path: Path) -> N
     )
     assert set(metrics) == {"feature_std", "rankme", "untrained_feature_std", "untrained_rankme"}
     assert load_series_encoder(tmp_path / "out")(series(2, 1, 64)).shape == (2, 32)
+
+
+def test_one_test_series_has_no_spread_and_gets_no_meters(tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", x_train=series(8, 1).numpy(), x_test=series(1, 1).numpy())
+    assert pretrain_series(str(tmp_path / "few.npz"), tmp_path / "out", budget=Budget(steps=2), dim=8) == {}
 
 
 def test_a_stopped_recipe_goes_on_to_the_same_end(tmp_path: Path, monkeypatch) -> None:

@@ -1,7 +1,9 @@
 """SparseJEPA: the proximal gradient step, what stays out of it, the meters, and every kind of run."""
 
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from contract import check_loops, check_resume, check_two_processes, weights
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import coloss
 from coloss.data import MaskRequest, Masks
@@ -19,8 +22,10 @@ from coloss.jepa import (
     MaskedPrediction,
     SparseJEPA,
     prox_group_lasso_,
+    sparse_map_trial,
 )
 from coloss.lab.claims import verify
+from coloss.metrics import evaluate_encoder
 from coloss.nn import Classifier, token_encoder_for_shape
 from coloss.train import Budget, State, TrainingStep
 
@@ -90,6 +95,42 @@ def test_the_map_takes_one_gradient_step_and_one_proximal_step_whatever_the_opti
         torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-7)
         assert not torch.equal(method.map.layers[0], layer)
         terms = step(samples())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_clipping_in_a_run_reaches_the_maps_gradient_and_counts_it(momentum: float) -> None:
+    """The optimizer is one that edits gradients in place, and still does not move the map."""
+    steps, limit = [], 1e-3
+
+    class Watched(SparseJEPA):
+        def on_gradients(self, state):
+            super().on_gradients(state)
+            weight = self.map.weight
+            gradients = [p.grad for p in state.trainable if p.grad is not None]
+            assert any(gradient is weight.grad for gradient in gradients)
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            expected = weight.detach() - 0.3 * weight.grad * limit / (norm + 1e-6)
+            prox_group_lasso_(expected, 0.3, 1e-5)
+            steps.append((norm.item(), expected))
+
+        def on_step(self, state):
+            super().on_step(state)
+            torch.testing.assert_close(self.map.weight.detach(), steps[-1][1], rtol=0, atol=1e-7)
+
+    method = Watched(half, groups=4, predictor_depth=1, predictor_heads=2, prox_step=0.3, strength=1e-5)
+    method._before_optimizer = RemovableHandle(OrderedDict())  # left by a run that was killed
+    coloss.fit(
+        new_encoder(),
+        (samples(),),
+        methods=[method],
+        budget=Budget(steps=3),
+        batch_size=24,
+        clip_norm=limit,
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=momentum, nesterov=momentum > 0, foreach=True),
+    )
+    assert len(steps) == 3
+    assert min(norm for norm, _ in steps) > 2 * limit
+    assert method._before_optimizer is None
 
 
 def test_the_penalty_stands_in_no_loss() -> None:
@@ -277,7 +318,7 @@ def test_sparse_activations_beside_masked_prediction_and_an_objective() -> None:
     outputs = state.outputs
     expected = (6**0.5 * outputs[:, :6].norm(dim=1) + 2**0.5 * outputs[:, 6:].norm(dim=1)).mean()
     torch.testing.assert_close(terms["activation_groups"], expected)
-    assert state.take_logged()["feature_std"] > 0
+    assert state.take_logged() == {"activation_std": outputs.std(0, correction=0).mean().item()}
     methods = [MaskedPrediction(half, predictor_heads=2), ActivationGroupSparsity(groups=4, weight=0.1)]
     data = (samples(), torch.arange(24) % 3)
     run = coloss.fit(new_classifier(), data, F.cross_entropy, methods, budget=Budget(steps=2), log_every=1)
@@ -298,10 +339,29 @@ def test_too_much_weight_on_activations_shrinks_them_to_zero_and_the_meter_says_
             budget=Budget(steps=60),
             batch_size=24,
             optimizer=partial(torch.optim.Adam, lr=1e-2),
-            log_every=1,
+            log_every=10,
         )
-        found.append(run.model(samples()).norm(dim=1).mean().item())
-    assert found[1] < 0.3 * found[0]
+        found.append(
+            (run.model(samples()).norm(dim=1).mean().item(), run.history[-1].metrics["activation_std"])
+        )
+    assert found[1][0] < 0.3 * found[0][0]
+    assert found[1][1] < 0.3 * found[0][1]
+
+
+def test_the_meter_of_activations_stands_beside_those_of_an_evaluation() -> None:
+    part = [(samples(), torch.arange(24) % 3)]
+    splits = SimpleNamespace(train=part, test=part)
+    run = coloss.fit(
+        new_encoder(),
+        (samples(),),
+        methods=[MaskedPrediction(half, predictor_heads=2), ActivationGroupSparsity(groups=4)],
+        budget=Budget(steps=2),
+        batch_size=24,
+        evaluate=lambda model: evaluate_encoder(model, splits, k=1),
+        evaluate_every=1,
+        log_every=1,
+    )
+    assert {"activation_std", "feature_std"} <= set(run.history[0].metrics)
 
 
 def test_activations_in_three_loops_and_resumed(tmp_path: Path) -> None:
@@ -326,7 +386,20 @@ def test_two_processes_share_the_mean_over_their_activations(tmp_path: Path) -> 
     check_two_processes(train, tmp_path)
 
 
-def test_the_claim_runs() -> None:
+def test_the_trial_measures_errors_where_the_encoder_is() -> None:
+    """The device "meta" stands for an accelerator."""
+
+    class Method(sparse_map_trial._Measured):
+        def terms(self, state: State) -> None:
+            assert state.batch.inputs.device.type == "meta"
+            self.seen = torch.zeros(1, 2, 4, 3), torch.tensor([1.0, -1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 3)
+
+    found = sparse_map_trial._unexplained(Method(half), nn.Linear(2, 2, device="meta"), samples())
+    assert found == 1
+
+
+def test_the_claim_runs(read_by_predict_alone) -> None:
+    read_by_predict_alone(sparse_map_trial)
     found = verify("sparsejepa", smoke=True)
     assert {"error", "zero_columns", "knn", "linear_probe"} <= found["arms"]["sparse"]["metrics"].keys()
 

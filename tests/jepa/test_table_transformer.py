@@ -18,11 +18,12 @@ from coloss.errors import InputError
 from coloss.jepa import (
     CollapseWarning,
     TJEPATransformer,
+    between_sample_std,
     pretrain_tjepa,
     table_pretraining,
     table_transformer,
 )
-from coloss.jepa.table_pretraining import labelled_columns, labelled_rows
+from coloss.jepa.table_pretraining import labelled_columns, labelled_rows, linear_scores
 from coloss.train import Budget, Method
 
 TINY: dict[str, Any] = {"dim": 4, "depth": 1, "steps": 2, "batch_size": 16, "random_state": 0}
@@ -148,6 +149,15 @@ def test_training_changes_an_untrained_encoder_of_the_same_seed() -> None:
     assert not trained.encoder_.training
 
 
+def test_the_deviation_of_features_is_that_of_rows_from_the_whole_table() -> None:
+    """Sorted, the first 1,024 of 3,000 rows lie close together."""
+    table = pd.DataFrame({"a": np.linspace(-2, 2, 3000), "b": np.linspace(-2, 2, 3000)})
+    ordered, shuffled = (tiny(steps=0).fit(some) for some in (table, table.sample(frac=1, random_state=0)))
+    assert ordered.feature_std_ == pytest.approx(shuffled.feature_std_, rel=0.05)
+    tokens = torch.from_numpy(ordered.transform(table)).unflatten(1, (2, -1))
+    assert ordered.feature_std_ == pytest.approx(between_sample_std(tokens).item(), rel=0.05)
+
+
 def test_collapse_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_transformer, "COLLAPSED", 100.0)
     with pytest.warns(
@@ -229,7 +239,7 @@ def census(tmp_path: Path) -> str:
 def test_a_file_leaves_a_transformer_that_can_be_loaded_and_used(census: str, tmp_path: Path) -> None:
     shares: list[float] = []
     metrics = pretrain_tjepa(census, tmp_path / "out", budget=Budget(steps=3), progress=shares.append)
-    kinds = ["features_linear", "features_boosting", "untrained_linear", "raw_linear", "raw_boosting"]
+    kinds = [f"{who}_{model}" for who in ("features", "untrained", "raw") for model in ("linear", "boosting")]
     named = {f"{kind}_{metric}_32" for kind in kinds for metric in ("accuracy", "auc")}
     assert set(metrics) == named | {"feature_std", "untrained_feature_std"}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
@@ -282,6 +292,32 @@ def test_labelled_rows_are_even_over_classes() -> None:
     assert np.bincount(targets[labelled_rows(targets, "classification", 20, 0)]).tolist() == [10, 10]
     assert len(labelled_rows(targets, "regression", 20, 0)) == 20
     assert labelled_rows(targets, "classification", 100, 0).tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("lone", [0, 1, 3])
+def test_a_class_of_one_labelled_row_does_not_turn_the_choice_of_a_penalty_off(lone: int) -> None:
+    """The heaviest penalty names the largest class for every row."""
+    sizes = [30, 10] + [1] * lone
+    targets = np.repeat(np.arange(len(sizes)), sizes)
+    rows = np.eye(len(sizes))[targets] + 0.1 * np.random.default_rng(0).standard_normal(
+        (len(targets), len(sizes))
+    )
+    heavy = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3)).fit(rows, targets)
+    assert heavy.score(rows, targets) == 30 / len(targets)
+    assert linear_scores("classification", rows, targets, rows, targets)["accuracy"] == 1
+
+
+def test_without_two_classes_to_choose_a_penalty_on_it_is_one() -> None:
+    targets = np.array([0, 0, 0, 0, 1])
+    rows, others = np.array([[-1.0], [0], [0], [1], [4]]), np.linspace(-1, 4, 101)[:, None]
+    found = {
+        strength: make_pipeline(StandardScaler(), LogisticRegression(C=strength))
+        .fit(rows, targets)
+        .predict(others)
+        for strength in (1e-3, 1e-2, 1e-1, 1.0)
+    }
+    assert linear_scores("classification", rows, targets, others, found[1.0]) == {"accuracy": 1, "auc": 1}
+    assert all((found[strength] != found[1.0]).any() for strength in (1e-3, 1e-2, 1e-1))
 
 
 def test_what_cannot_be_judged_or_read_is_refused(census: str, tmp_path: Path) -> None:

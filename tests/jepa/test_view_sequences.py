@@ -478,6 +478,17 @@ def test_bad_input_is_named(as_users_call: None) -> None:
         small().encode(images())
 
 
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+def test_saliency_below_zero_or_not_finite_is_named(value: float) -> None:
+    def marked(found: Tensor) -> Tensor:
+        saliency = torch.ones(len(found), 6, 6)
+        saliency[2, 0, 5] = value
+        return saliency
+
+    with pytest.raises(ValueError, match=f"saliency must be >= 0 and finite, got {value}"):
+        Saccades(3, saliency=marked)(images())
+
+
 def test_bad_sizes_are_named(as_users_call: None) -> None:
     features, actions = pairs()
     for call, message in (

@@ -66,3 +66,12 @@ def test_bad_input_is_refused(changes, message, as_users_call: None) -> None:
     given = {"train_tokens": tokens, "train_targets": classes, "test_tokens": tokens, "test_targets": classes}
     with pytest.raises(ValueError, match=message):
         attentive_probe(**(given | changes))
+
+
+def test_it_learns_the_same_under_autocast() -> None:
+    train, classes = needle(60, 0)
+    options = {"heads": 2, "steps": 100, "batch_size": 64}
+    found = attentive_probe(train, classes, train, classes, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = attentive_probe(train, classes, train, classes, **options)
+    assert torch.equal(under.predictions, found.predictions) and found.accuracy > 0.9

@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coloss.metrics.statistics import mean_interval, paired_comparison, sign_flip_p_value
+from coloss.metrics.statistics import mean_interval, paired_comparison, rank_correlation, sign_flip_p_value
 
 
 def paired_values(n, shift, seed):
@@ -163,6 +163,27 @@ def test_bad_options_of_the_parts_are_refused():
         sign_flip_p_value([1.0], resamples=0)
     with pytest.raises(ValueError, match="values must be finite"):
         mean_interval([math.nan])
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_rank_correlation_is_pearsons_of_mean_ranks(pairs):
+    first, second = (np.array(side, dtype=float) for side in zip(*pairs))
+    found = rank_correlation(first, second)
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        assert math.isnan(found)
+    else:
+        ranks = [[(side < v).sum() + (side <= v).sum() for v in side] for side in (first, second)]
+        assert found == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+def test_rank_correlation_at_the_edges():
+    assert rank_correlation([1.0, 2.0, math.inf], [3, 4, 5]) == pytest.approx(1.0)
+    for first, second in (([], []), ([1.0], [2.0]), ([1.0, math.nan, 2.0], [1.0, 2.0, 3.0])):
+        assert math.isnan(rank_correlation(first, second))
+    for first, second in (([1.0, 2.0], [1.0]), ([[1.0, 2.0]], [[1.0, 2.0]])):
+        with pytest.raises(ValueError, match="must be one-dimensional and of one length, got shapes"):
+            rank_correlation(first, second)
 
 
 def test_import_loads_neither_torch_nor_scipy():

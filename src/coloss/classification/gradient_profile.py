@@ -147,7 +147,8 @@ class LossProfiles:
         margins = torch.linspace(self.low, self.high, self.points)
         found = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            # Not torch.manual_seed: it would reseed every GPU, of which none is put back.
+            torch.default_generator.manual_seed(0)
             for name, loss in self.losses.items():
                 # A loss that draws nothing need not be looked at more than once.
                 draws = self.draws if _declares(loss, "batch_statistic") else 1

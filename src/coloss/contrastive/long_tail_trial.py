@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from coloss.data import IndexedDataset, Splits, load, with_imbalance
 from coloss.errors import InputError
-from coloss.metrics import extract_features, knn_probe, linear_probe
+from coloss.metrics import extract_features, knn_probe, linear_probe, rank_correlation
 from coloss.ops import segment_mean
 from coloss.train import Fit, Method, Setting
 
@@ -91,7 +90,7 @@ def _correlation(method: Method, train: IndexedDataset, frequency: Tensor) -> di
         return {}
     means = segment_mean(loss.temperatures(train.ids), _targets(train), CLASSES)
     return {
-        "frequency_correlation": float(spearmanr(frequency.numpy(), means.numpy()).statistic),
+        "frequency_correlation": rank_correlation(frequency, means),
         "mean_temperature": float(means.mean()),
         "at_bounds": loss.stats()["at_bounds"],
     }

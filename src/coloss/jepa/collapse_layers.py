@@ -73,7 +73,7 @@ def collapse_report(
     paths = {layer: layer for layer in layers}
     stream = partial(feature_stream, model, batch_size=batch_size)
     moments: dict[str, RunningMoments] = {}
-    enters: set[str] = set()
+    enters = set(layers)
     with stream(readable, paths | ({LAST: f"{head[0]}:input"} if head else {})) as batches:
         for batch in batches:
             classes, count = _classes(batch)
@@ -81,7 +81,8 @@ def collapse_report(
                 new = RunningMoments.of(batch.features[layer], classes, count)
                 moments[layer] = moments[layer].merge(new) if layer in moments else new
             last = batch.features.get(LAST)
-            enters |= {layer for layer in layers if last is not None and _same(batch.features[layer], last)}
+            # In every batch: values of other layers may coincide with it in some.
+            enters = {layer for layer in enters if last is not None and _same(batch.features[layer], last)}
     with stream(readable, paths) as batches:
         passes = _second_pass(batches, moments)
     report = {}

@@ -11,7 +11,8 @@ with columns m_k, K the number of classes that have samples, N the number of sam
 
 where v_k is the mean squared distance of a sample of class k to h_k, and W the weights of the last layer. Everything is computed in
 float64 from any float type. A class without samples is left out. Fewer than two classes with samples, or classes that all have the same
-mean, give NaN; NC1 is infinite where means coincide and samples do not.
+mean, give NaN; NC1 is infinite where means coincide and samples do not. Means that differ by less than the rounding of float64 sums
+coincide.
 
 Traps met here: papers divide S_W by N or by classes and NC1 by K or not; compare numbers only across one definition. pinv(S_B) has rank
 K - 1 at most, and what lies below is rounding: it is cut at `rcond`. With ReLU features the means form a nearly orthogonal frame; only
@@ -26,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from coloss.errors import InputError
+from coloss.jepa.mean_differences import centred_means, mean_rounding, seen_classes, without_rounding
 from coloss.ops import RunningMoments, RunningScatter, accumulation_dtype
 
 Kind = Literal["trace", "pinv", "cdnv"]
@@ -101,7 +103,7 @@ def within_between(
         ([0.0, 0.6666666666666666], [4.0, 0.0])
     """
     scatter = RunningScatter.of(features, classes, _count(classes, num_classes))
-    centred = _centred(moment_means(scatter.moments))
+    centred = centred_means(moment_means(scatter.moments))
     return WithinBetween(scatter.within / max(len(features), 1), centred.T @ centred / max(len(centred), 1))
 
 
@@ -163,7 +165,7 @@ def nc2(means: Float[Tensor, "classes features"]) -> float:
         >>> round(nc2(torch.eye(4)), 6)  # an orthonormal frame, centred, is a simplex
         0.0
     """
-    centred = _centred(means)
+    centred = centred_means(means)
     return _from_simplex(centred @ centred.T)
 
 
@@ -177,7 +179,7 @@ def equinorm(means: Float[Tensor, "classes features"]) -> float:
         >>> round(equinorm(torch.eye(3)), 6)
         0.0
     """
-    lengths = _centred(means).norm(dim=1)
+    lengths = centred_means(means).norm(dim=1)
     return float(lengths.std(correction=0) / lengths.mean()) if len(lengths) > 1 else math.nan
 
 
@@ -194,7 +196,7 @@ def equiangularity(means: Float[Tensor, "classes features"]) -> tuple[float, flo
         >>> [round(value, 6) for value in equiangularity(torch.eye(3))]
         [0.0, 0.0]
     """
-    centred = _centred(means)
+    centred = centred_means(means)
     count = len(centred)
     if count < 2:
         return math.nan, math.nan
@@ -232,8 +234,8 @@ def nc3(
         raise InputError(
             f"weight must be (classes, features) as the means are, {tuple(means.shape)}, got {tuple(weight.shape)}"
         )
-    centred = _centred(means)
-    rows = weight.detach().to(centred)[_seen(means)]
+    centred = centred_means(means)
+    rows = weight.detach().to(centred)[seen_classes(means)]
     if len(centred) < 2:
         return math.nan, math.nan
     gap = rows / rows.norm() - centred / centred.norm()
@@ -269,7 +271,7 @@ def nc4(
         raise InputError(
             f"logits must be (samples, classes), {(len(features), len(means))}, got {tuple(logits.shape)}"
         )
-    if len(features) == 0 or not bool(_seen(means).any()):
+    if len(features) == 0 or not bool(seen_classes(means).any()):
         return math.nan
     return float((logits.argmax(1) == nearest_mean(features, means)).double().mean())
 
@@ -289,7 +291,7 @@ def nearest_mean(
     """
     means = means.detach().to(accumulation_dtype(means.device))
     distances = torch.cdist(features.detach().to(means), means, compute_mode="donot_use_mm_for_euclid_dist")
-    return torch.where(_seen(means), distances, math.inf).argmin(1)
+    return torch.where(seen_classes(means), distances, math.inf).argmin(1)
 
 
 def collapse_metrics(
@@ -350,7 +352,7 @@ def between_whitener(
         tensor([[0.3540],
                 [0.0000]], dtype=torch.float64)
     """
-    centred = _centred(means)
+    centred = centred_means(means)
     if len(centred) < 2 or not bool(centred.isfinite().all()):
         return centred.new_zeros(centred.shape[1], 0)
     _, scale, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -367,7 +369,7 @@ def _pinv(moments: RunningMoments, projected: float) -> float:
 
 
 def _trace(moments: RunningMoments) -> float:
-    centred = _centred(moment_means(moments))
+    centred = without_rounding(centred_means(moment_means(moments)), mean_rounding(moments))
     if len(centred) < 2:
         return math.nan
     return float(moments.squares.sum() / moments.count.sum() / (centred.square().sum() / len(centred)))
@@ -380,7 +382,7 @@ def _cdnv(moments: RunningMoments) -> float:
     if len(means) < 2:
         return math.nan
     first, second = torch.triu_indices(len(means), len(means), 1)
-    distances = (means[first] - means[second]).square().sum(1)
+    distances = without_rounding(means[first] - means[second], mean_rounding(moments)).square().sum(1)
     return float(((variances[first] + variances[second]) / (2 * distances)).mean())
 
 
@@ -390,16 +392,6 @@ def _from_simplex(gram: Tensor) -> float:
         return math.nan
     simplex = torch.eye(count).to(gram) - 1 / count
     return float((gram / gram.norm() - simplex / math.sqrt(count - 1)).norm())
-
-
-def _seen(means: Tensor) -> Tensor:
-    return ~means.isnan().all(1)
-
-
-def _centred(means: Tensor) -> Tensor:
-    """Means of the classes that have samples, around their own mean, in float64."""
-    rows = means.detach().to(accumulation_dtype(means.device))[_seen(means)]
-    return rows - rows.mean(0) if len(rows) else rows
 
 
 def _count(classes: Tensor, num_classes: int | None) -> int:

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from coloss.errors import InputError
+from coloss.jepa.time_courses import check_times, solve_course
 
 SLOWEST = 10_000
 
@@ -143,7 +144,7 @@ def free_features_loss(
         A scalar with gradients, in the type of the inputs.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value or a class out of range, or classes that do not match the features.
 
     Examples:
         >>> weight, features = ufm_solution(2, 1, 2, 0.25, 0.25)
@@ -157,7 +158,7 @@ def free_features_loss(
     ):
         if not 0 <= value < math.inf:
             raise InputError(f"{name} must be >= 0 and finite, got {value}")
-    targets = one_hot(classes, len(weight)).to(features)
+    targets = _one_hot(features, classes, len(weight))
     loss = (features @ weight.T - targets).square().sum() + feature_decay * features.square().sum()
     if anchors is not None:
         loss = loss + closeness * (features - anchors).square().sum()
@@ -200,18 +201,18 @@ def solve_near(
 
     Args:
         anchors: H0, the features of a shallower layer; any float type.
-        classes: of each sample, >= 0. Unequal classes are allowed, though the theory is for equal ones.
+        classes: of each sample, in [0, num_classes). Unequal classes are allowed, though the theory is for equal ones.
         weight_decay: of the last layer, > 0.
         feature_decay: of the features, > 0.
         closeness: > 0.
-        num_classes: None takes the largest class plus one.
+        num_classes: >= 1; None takes the largest class plus one.
         tolerance: largest relative change of the features in the last turn, > 0.
 
     Returns:
         Last layer and features, float64.
 
     Raises:
-        ValueError: for a value out of range, or if 10,000 turns are not enough.
+        ValueError: for a value out of range, features that are not finite, or if 10,000 turns are not enough.
 
     Cost:
         A turn: O(samples * features^2 + features^3). The smaller `closeness`, the more turns.
@@ -256,18 +257,18 @@ def central_path(
 
     Args:
         features: at time 0; any float type.
-        classes: of each sample, >= 0.
+        classes: of each sample, in [0, num_classes).
         weight_decay: of the last layer, > 0.
         feature_decay: of the features, > 0.
-        times: when to look, increasing, the first >= 0; t stands for 1 / closeness.
-        num_classes: None takes the largest class plus one.
+        times: when to look, finite and increasing, the first >= 0; t stands for 1 / closeness.
+        num_classes: >= 1; None takes the largest class plus one.
         tolerance: relative error of the integration, > 0.
 
     Returns:
         The times, and the features at each, float64.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value out of range, features that are not finite, or a path that cannot be integrated.
 
     Source:
         Tirer, Huang, Niles-Weed 2023, arXiv 2210.16658, theorem 3.1.
@@ -278,13 +279,9 @@ def central_path(
         >>> [round(float((found[0] - found[1]).norm()), 2) for found in path.features]
         [1.41, 1.28, 1.16]
     """
-    from scipy.integrate import solve_ivp
-
     check_decays(weight_decay, feature_decay)
     given, targets = _given(features, classes, num_classes)
-    grid = torch.as_tensor(list(times), dtype=torch.float64)
-    if len(grid) == 0 or float(grid[0]) < 0 or bool((grid.diff() <= 0).any()):
-        raise InputError(f"times must be increasing from 0 or later on, got {list(times)}")
+    grid = check_times(times)
     if not tolerance > 0:
         raise InputError(f"tolerance must be > 0, got {tolerance}")
 
@@ -293,15 +290,10 @@ def central_path(
         weight = best_weight(rows, targets, weight_decay)
         return -((rows @ weight.T - targets) @ weight + feature_decay * rows).flatten().numpy()
 
-    found = solve_ivp(
-        velocity,
-        (0.0, max(float(grid[-1]), 1e-12)),
-        given.flatten().numpy(),
-        t_eval=grid.numpy(),
-        rtol=tolerance,
-        atol=tolerance * float(given.abs().max()),
-    )
-    return FeaturePath(grid, torch.from_numpy(found.y.T.copy()).view(len(grid), *given.shape))
+    # An absolute tolerance of 0 would never be met where a feature is 0.
+    allowed = tolerance * float(given.abs().max()) or tolerance
+    found = solve_course(velocity, given.flatten().numpy(), grid, rtol=tolerance, atol=allowed)
+    return FeaturePath(torch.from_numpy(grid), torch.from_numpy(found.T.copy()).view(len(grid), *given.shape))
 
 
 def check_decays(weight_decay: float, feature_decay: float) -> None:
@@ -323,10 +315,24 @@ def check_decays(weight_decay: float, feature_decay: float) -> None:
 
 def _given(features: Tensor, classes: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor]:
     """Features and one-hot targets in float64."""
+    given = features.detach().double()
+    targets = _one_hot(given, classes, num_classes)
+    if not bool(given.isfinite().all()):
+        raise InputError("features must be finite, got an infinity or NaN")
+    return given, targets
+
+
+def _one_hot(features: Tensor, classes: Tensor, num_classes: int | None) -> Tensor:
+    """Targets in the type of the features, each of which has a class that there is."""
     if features.ndim != 2 or classes.shape != features.shape[:1] or len(features) == 0:
         raise InputError(
             f"features must be (samples, features), at least one, and classes (samples), got {tuple(features.shape)} "
             f"and {tuple(classes.shape)}"
         )
-    given = features.detach().double()
-    return given, one_hot(classes, num_classes or -1).to(given)
+    if num_classes is not None and num_classes < 1:
+        raise InputError(f"num_classes must be >= 1, got {num_classes}")
+    low, high = int(classes.min()), int(classes.max())
+    count = max(high, 0) + 1 if num_classes is None else num_classes
+    if low < 0 or high >= count:
+        raise InputError(f"classes must be in [0, {count}), got {low if low < 0 else high}")
+    return one_hot(classes.long(), count).to(features)

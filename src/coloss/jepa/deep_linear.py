@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from coloss.errors import InputError
 from coloss.jepa.learning_times import Objective, check_objective, check_start
+from coloss.ops import without_autocast
 
 
 class DeepLinearSSL(nn.Module):
@@ -183,19 +184,23 @@ def train_deep_linear(
         )
     parameters = [model.layers, model.head]
     every = max(steps // looks, 1)
-    times, gains = [0.0], [model.gains()]
-    for step in range(1, steps + 1):
-        rows = (
-            slice(None) if batch_size is None else torch.randint(len(x), (batch_size,), generator=generator)
-        )
-        slopes = torch.autograd.grad(model.loss(x[rows], y[rows]), parameters)
-        # Written out: on matrices this small an optimizer's own work would take most of the time.
-        with torch.no_grad():
-            for parameter, slope in zip(parameters, slopes):
-                parameter.sub_(slope, alpha=learning_rate)
-        if step % every == 0 or step == steps:
-            times.append(step * learning_rate)
-            gains.append(model.gains())
+    # Autocast keeps the cast weights of the first step, and training would not move them.
+    with without_autocast(model.head.device):
+        times, gains = [0.0], [model.gains()]
+        for step in range(1, steps + 1):
+            rows = (
+                slice(None)
+                if batch_size is None
+                else torch.randint(len(x), (batch_size,), generator=generator)
+            )
+            slopes = torch.autograd.grad(model.loss(x[rows], y[rows]), parameters)
+            # Written out: on matrices this small an optimizer's own work would take most of the time.
+            with torch.no_grad():
+                for parameter, slope in zip(parameters, slopes):
+                    parameter.sub_(slope, alpha=learning_rate)
+            if step % every == 0 or step == steps:
+                times.append(step * learning_rate)
+                gains.append(model.gains())
     if not bool(gains[-1].isfinite().all()):
         raise InputError(f"learning_rate must be smaller, got {learning_rate}: training diverged")
     return GainCourse(torch.tensor(times, dtype=gains[0].dtype), torch.stack(gains))

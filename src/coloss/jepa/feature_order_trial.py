@@ -1,5 +1,7 @@
 """In which order deep linear networks learn pairs of features of the two halves of digits, and what foretells it: the trial behind a claim."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from coloss.data import Splits, load
 from coloss.jepa.deep_linear import DeepLinearSSL, train_deep_linear
 from coloss.jepa.learning_times import Objective, fixed_point, jepa_time, mae_time
 from coloss.jepa.view_statistics import view_moments
+from coloss.metrics import rank_correlation
 from coloss.train import Setting
 
 PAIRS, DEPTH, START, SPREAD = 8, 3, 0.03, 0.15
@@ -45,9 +48,15 @@ def predict_orders(setting: Setting) -> dict[str, dict[str, float]]:
         ),
     }
     return {
-        rule: {f"spearman_{name}": _spearman(times, foretold) for name, times in measured.items()}
+        rule: {f"spearman_{name}": _agreement(times, foretold) for name, times in measured.items()}
         for rule, foretold in rules.items()
     }
+
+
+def _agreement(times: Tensor, foretold: Tensor) -> float:
+    found = rank_correlation(times, foretold)
+    # Where nothing was learnt in time no order was foretold.
+    return 0.0 if math.isnan(found) else found
 
 
 def _measure(
@@ -81,12 +90,3 @@ def _halves(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     images = torch.cat([part.all().inputs for part in (splits.train, splits.validation, splits.test)])
     images = images[torch.randperm(len(images), generator=generator)[:900]].double().view(-1, 8, 8)
     return images[:, :, :4].flatten(1), images[:, :, 4:].flatten(1)
-
-
-def _spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation; 0 where one side is constant."""
-    from scipy.stats import spearmanr
-
-    if len(first.unique()) == 1 or len(second.unique()) == 1:
-        return 0.0
-    return float(spearmanr(first.numpy(), second.numpy()).statistic)

@@ -101,7 +101,7 @@ def activation_group_penalty(
         (1 / batch) sum over samples b and groups g of sqrt(d_g) || s_b[g] ||,    d_g dimensions in group g
 
     It acts on activations of each sample, not on weights as `group_lasso` does. Alone with a loss of latent prediction it invites
-    collapse to zero: watch a meter such as `coloss.metrics.feature_standard_deviation`.
+    collapse to zero: watch a meter that sees scale, such as `coloss.jepa.between_sample_std`.
 
     Args:
         embeddings: s.

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coloss.jepa.known_transforms import KnownTransform
-from coloss.ops import full_precision
+from coloss.ops import full_precision, without_autocast
 
 Images = Float[Tensor, "batch channels height width"]
 # The red, green and blue parts of brightness (ITU-R BT.601).
@@ -64,7 +64,8 @@ class ColourChanges(KnownTransform):
         if "hue" in found:
             from kornia.enhance import adjust_hue
 
-            values = adjust_hue(values, found["hue"].flatten()).clamp(0, 1)
+            with without_autocast(values.device):
+                values = adjust_hue(values, found["hue"].flatten()).clamp(0, 1)
         return values.to(images.dtype)
 
 
@@ -103,7 +104,8 @@ class Blurs(KnownTransform):
 
         values = full_precision(images)
         size = (self.kernel_size, self.kernel_size)
-        return gaussian_blur2d(values, size, parameters.to(values).expand(-1, 2)).to(images.dtype)
+        with without_autocast(values.device):
+            return gaussian_blur2d(values, size, parameters.to(values).expand(-1, 2)).to(images.dtype)
 
 
 def _grey(values: Tensor, weights: Tensor | None) -> Tensor:

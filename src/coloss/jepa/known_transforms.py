@@ -19,7 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from coloss.ops import canonical_quaternion, full_precision, quaternion_inverse, quaternion_product
+from coloss.ops import (
+    canonical_quaternion,
+    full_precision,
+    quaternion_inverse,
+    quaternion_product,
+    without_autocast,
+)
 
 Images = Float[Tensor, "batch channels height width"]
 Views = Float[Tensor, "batch channels view_height view_width"]
@@ -214,11 +220,13 @@ class RandomCrops(KnownTransform):
 class TransformChain:
     """Several known transforms, one after the other; their parameters stand side by side.
 
+    If the first has a `draw_sequence`, so has the chain: its views depend on one another, the rest changes each by itself.
+
     Args:
-        transforms: at least one.
+        transforms: at least one; none but the first with a `draw_sequence`, which needs the images as they are.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or a later one has a `draw_sequence`.
 
     Examples:
         >>> chain = TransformChain([Rotations(30), Shifts(0.1)])
@@ -230,9 +238,17 @@ class TransformChain:
     def __init__(self, transforms: Sequence[ParamTransform]) -> None:
         if not transforms:
             raise ValueError("transforms must hold at least one transform, got 0")
+        for place, transform in enumerate(transforms):
+            if place and hasattr(transform, "draw_sequence"):
+                name = type(transform).__name__
+                raise ValueError(
+                    f"transforms must have a draw_sequence in the first place alone, got {name} at place {place}"
+                )
         self.transforms = tuple(transforms)
         self.names = tuple(name for transform in transforms for name in transform.names)
         self.spread = tuple(value for transform in transforms for value in transform.spread)
+        if hasattr(transforms[0], "draw_sequence"):
+            self.draw_sequence = self._in_order
 
     def __call__(
         self, images: Tensor, generator: torch.Generator | None = None
@@ -242,6 +258,16 @@ class TransformChain:
             images, parameters = transform(images, generator)
             found.append(parameters)
         return images, torch.cat(found, dim=1)
+
+    def _in_order(
+        self, images: Tensor, count: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        views, parameters = draw_views(self.transforms[0], images, count, generator)
+        if len(self.transforms) > 1:
+            changed = TransformChain(self.transforms[1:])(views.flatten(0, 1), generator)
+            views, others = (part.unflatten(0, (len(images), count)) for part in changed)
+            parameters = torch.cat([parameters, others], dim=2)
+        return views, parameters
 
 
 def draw_views(
@@ -350,7 +376,8 @@ def parameter_spread(parameters: Float[Tensor, "*sequences parameters"]) -> Floa
     if not len(rows):
         raise ValueError("parameters must hold at least one row, got 0")
     found = rows.std(0, correction=0)
-    return torch.where(found > 0, found, 1)
+    # The deviation of equal numbers may be the rounding of their mean.
+    return torch.where((rows.amax(0) > rows.amin(0)) & (found > 0), found, 1)
 
 
 def _resample(images: Images, matrix: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
@@ -358,8 +385,10 @@ def _resample(images: Images, matrix: Sequence[Tensor], size: tuple[int, int] | 
     values = full_precision(images)
     height, width = size or images.shape[2:]
     affine = torch.stack(list(matrix), dim=1).to(values).view(-1, 2, 3)
-    grid = F.affine_grid(affine, [len(images), images.shape[1], height, width], align_corners=False)
-    return F.grid_sample(values, grid, align_corners=False).to(images.dtype)
+    # In half precision places would be off by pixels, and views no longer be what their parameters say.
+    with without_autocast(values.device):
+        grid = F.affine_grid(affine, [len(images), images.shape[1], height, width], align_corners=False)
+        return F.grid_sample(values, grid, align_corners=False).to(images.dtype)
 
 
 def _uniform(

@@ -23,6 +23,7 @@ lambda <= 0 is never learned.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coloss.errors import InputError
+from coloss.jepa.time_courses import check_times, solve_course
 
 Objective = Literal["jepa", "mae"]
 Values = Tensor | float
@@ -159,13 +161,13 @@ def integrate(
         regression: rho of each feature, of the same sign; not 0.
         depth: L >= 1.
         start: gain at time 0, > 0.
-        times: when to look, increasing, the first >= 0.
+        times: when to look, finite and increasing, the first >= 0.
 
     Returns:
         Gain of each feature at each time, float64.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value out of range, or a course that cannot be integrated.
 
     Cost:
         Some hundred evaluations, whatever the times: plain gradient steps of a fixed size would need `start^(-(2L-1)/L)`.
@@ -175,18 +177,16 @@ def integrate(
         >>> [round(float(gain), 4) for gain in course]
         [0.01, 0.25]
     """
-    from scipy.integrate import solve_ivp
-
     check_objective(objective, depth)
     check_start(start)
     lam, rho = (value.detach().double().numpy() for value in (covariance, regression))
-    if lam.shape != rho.shape or not bool(np.all(lam * rho > 0)):
+    known = lam.shape == rho.shape and np.isfinite([lam, rho]).all()
+    if not known or not bool(np.all(lam * rho > 0)):
         raise InputError(
-            f"covariance and regression must be of one sign in each feature, and not 0, got {lam.tolist()} and {rho.tolist()}"
+            "covariance and regression must be finite, of one sign in each feature, and not 0, "
+            f"got {lam.tolist()} and {rho.tolist()}"
         )
-    grid = np.asarray(list(times), dtype=np.float64)
-    if len(grid) == 0 or grid[0] < 0 or np.any(np.diff(grid) <= 0):
-        raise InputError(f"times must be increasing from 0 or later on, got {list(times)}")
+    grid = check_times(times)
     energy = lam / rho
     rise, fall = (2 * depth - 1, 2 * depth) if objective == "jepa" else (depth - 1, 2 * depth)
 
@@ -195,16 +195,14 @@ def integrate(
 
     courses = [
         # One feature at a time: each has its own scale of time.
-        solve_ivp(
-            velocity,
-            (0.0, max(float(grid[-1]), 1e-12)),
-            [math.log(start) / depth],
+        solve_course(
+            partial(velocity, pull=pull, drag=drag),
+            np.array([math.log(start) / depth]),
+            grid,
             method="LSODA",
-            t_eval=grid,
-            args=(pull, drag),
             rtol=1e-9,
             atol=1e-11,
-        ).y[0]
+        )[0]
         for pull, drag in zip(lam, energy)
     ]
     return torch.from_numpy(np.exp(depth * np.stack(courses, 1))) if courses else torch.zeros(len(grid), 0)

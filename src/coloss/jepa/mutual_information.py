@@ -16,17 +16,23 @@ out of its reach.
 
 When it helps: 30 to 300 samples of 1 to 4 columns a side, dependence of a kind that training knew (normal, heavy-tailed, one-sided, mirrored),
 many pairs to judge, an interval at once, or a gradient. When not: dependence of another kind. Then the interval is far too narrow and correlations
-alone do as well; use `KSG` with thousands of samples of few columns. Beyond 4 columns a side it extrapolates. Mean squared errors (nats squared)
-on 50 to 200 samples, shipped weights, 6 fresh draws of 48 sets of each kind:
+alone do a little better; under a map of coordinates that training did not know so does `KSG(1)`. With thousands of samples of few columns `KSG`
+converges whatever the dependence; here all sets are small. Beyond 4 columns a side it extrapolates. Mean squared errors (nats squared) on 50 to
+200 samples, shipped weights, 6 fresh draws of 48 sets of each kind:
 
                         families seen   new family (additive uniform)   new map (spiral)   both new   all new   two columns, new family
     mist                    0.030                 0.086                       0.57            0.19       0.28          0.030
-    KSG, k = 5              0.280                 0.323                       0.66            0.67       0.55          0.029
+    KSG, k = 1              0.154                 0.182                       0.37            0.38       0.31          0.037
+      rank-Gaussianised     0.170                 0.202                       0.41            0.40       0.34          0.039
+    KSG, k = 5              0.273                 0.309                       0.64            0.67       0.54          0.023
     Gaussian                0.210                 0.063                       0.58            0.16       0.27          0.020
     Gaussian copula         0.203                 0.111                       0.65            0.25       0.34          0.037
     90 % interval holds     93 %                  60 %                        41 %            14 %       38 %
 
-So what training teaches is what it was shown: against KSG it wins on all kinds of several columns, against plain correlations on seen kinds only.
+KSG has its columns as they are, unless said otherwise. That and its k = 1, of 1, 2, 3, 5 and 8, are best for it on sets of the training
+distribution (`KSG_NEIGHBOURS`), as the network was designed on those; k = 5 is the default of `KSG`. So what training teaches is what it was shown:
+on seen kinds the network wins against all others; on a new family, and on new family and map together, against KSG but not against plain
+correlations; on the new map alone KSG wins. Over all that is new, KSG is within the noise of it, and correlations are better.
 A number pushed up by gradient ascent can be fooled; check it with an estimator that was not optimised. Nothing is shared between samples of
 different processes: under data-parallel training each estimates from its own samples.
 """
@@ -300,14 +306,19 @@ def _trial(setting: Setting) -> Mapping[str, Mapping[str, Any]]:
 CLAIM = Claim(
     statement="On simulated sets of 50 to 200 samples from a family of distributions and a change of coordinates that were both kept out of "
     "training, the estimator that comes with the package (one training run; the seeds draw the test sets alone) has a smaller mean "
-    "squared error in nats than KSG with 5 neighbours on equally standardised columns.",
+    "squared error in nats than KSG with the number of neighbours, 1, and the columns, as they are, that are best for it on sets of the "
+    "training distribution.",
     metric="squared_error",
     baseline="KSG",
     method="mist",
     direction="lower",
     trial=_trial,
     seeds=6,
-    tried="Baseline: KSG gets the same rank-Gaussianised columns as the estimator; on columns as they are it is an arm of its own. Context: the "
+    tried="Baseline: k and the form of the columns are the best of 1, 2, 3, 5, 8 and of as they are or rank-Gaussianised, on 320 sets of the training "
+    "distribution (seed 3,000,000; squared errors as they are 0.209, 0.285, 0.333, 0.403, 0.478, rank-Gaussianised 0.215, 0.291, 0.348, 0.418, 0.492), "
+    "since the network was designed on such sets too. That came after a first measurement against rank-Gaussianised columns with k = 5, untuned, with a "
+    "difference of -0.27 and the verdict reproduced; against rank-Gaussianised columns with k = 1 it is -0.055 (-0.103 to -0.006). Plain "
+    "correlations, the arm Gaussian, are better than the estimator by 0.014 (0.005 to 0.023). Context: the "
     "Gaussian-copula estimate is what the network starts from, so the difference to it is what was learnt. Design, on training sets alone: a first "
     "network without the statistics of |x| and |y| and with two looks at the rows had a pinball loss of 0.083 after 1,550 steps, this one 0.040 "
     "after 700. Choice of the held-out family and map and the number of seeds came before the run.",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coloss.errors import InputError
 from coloss.jepa.mutual_information_estimators import MIEstimator
 from coloss.nn import MLP
-from coloss.ops import full_precision
+from coloss.ops import full_precision, without_autocast
 
 Scores = Float[Tensor, "samples samples"]
 
@@ -141,8 +141,10 @@ class VariationalBound(MIEstimator):
         x, y = (_standardised(side.detach()) for side in (x, y))
         order = torch.randperm(len(x), generator=generator).to(x.device)
         halves = order.tensor_split(2)
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        # Autocast keeps the cast weights of the first step, and training would not move them.
+        with without_autocast(x.device), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: it would reseed every GPU, of which none is put back.
+            torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             curves = [
                 self._held_out((x[here], y[here]), (x[there], y[there]))
                 for here, there in (halves, halves[::-1])

@@ -123,7 +123,8 @@ class GaussianMI(MIEstimator):
         gaussianise: as for `MIEstimator`; with it and `correct` this is the Gaussian-copula estimate.
 
     Raises:
-        InputError: from `estimate`, unless there are more samples than dim_x + dim_y + 1: correlations would be 1 by chance.
+        InputError: from `estimate`, unless there are more samples than dim_x + dim_y + 1: correlations would be 1 by chance. Columns that
+            are constant, or follow from others of their side, do not count.
 
     Cost:
         O(samples * dim^2).
@@ -144,17 +145,17 @@ class GaussianMI(MIEstimator):
         self.correct = correct
 
     def _estimate(self, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
-        samples, dims = len(x), x.shape[1] + y.shape[1]
+        first, second = _orthonormal(x), _orthonormal(y)
+        samples, dims = len(x), first.shape[1] + second.shape[1]
         if samples <= dims + 1:
             raise InputError(
-                f"x and y must have more than {dims + 1} samples for {dims} columns, got {samples}"
+                f"x and y must have more than {dims + 1} samples for {dims} independent columns, got {samples}"
             )
-        first, second = _orthonormal(x.double()), _orthonormal(y.double())
         squares = torch.linalg.svdvals(first.T @ second).square().clamp(max=_LARGEST_SQUARE)
         found = -torch.log1p(-squares).sum() / 2
         if self.correct:
             count = torch.tensor(float(samples), dtype=torch.float64, device=x.device)
-            found = found - log_determinant_bias(count, x.shape[1], y.shape[1]) / 2
+            found = found - log_determinant_bias(count, first.shape[1], second.shape[1]) / 2
         return found.to(x.dtype)
 
 
@@ -220,11 +221,14 @@ def _others_within(points: np.ndarray, radius: np.ndarray) -> np.ndarray:
 
 
 def _orthonormal(values: Tensor) -> Tensor:
-    """An orthonormal basis of the centred columns, without directions that are rounding error."""
-    centred = values - values.mean(0)
+    """An orthonormal basis of the centred columns in float64, without directions that are rounding error of their type."""
+    rounding = max(1e-10, 16 * torch.finfo(values.dtype).eps)
+    values = values.double()
+    # The mean of equal numbers may be off by rounding, which would pass for a spread.
+    centred = torch.where(values.amax(0) > values.amin(0), values - values.mean(0), 0.0)
     scale = centred.square().mean(0).sqrt()
     left, singular, _ = torch.linalg.svd(centred / torch.where(scale > 0, scale, 1.0), full_matrices=False)
-    return left[:, singular > 1e-10 * singular.amax().clamp(min=1e-300)]
+    return left[:, singular > rounding * singular.amax().clamp(min=1e-300)]
 
 
 def checked_samples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from coloss.jepa.mutual_information_data import MIMetaDataset, QuantileBatches
 from coloss.jepa.mutual_information_estimators import KSG
 from coloss.jepa.mutual_information_networks import CellMIRegressor
 from coloss.jepa.mutual_information_report import (
+    KSG_NEIGHBOURS,
     error_by_bin,
     interval_coverage,
     judge_estimator,
@@ -114,8 +115,9 @@ def train_mist(
 
     Returns:
         `squared_error` and `coverage` (of the 5 % to 95 % interval) on fresh sets of the training distribution, the same with `held_out_` for a
-        family and a map that were kept out; `ksg_...` for KSG with 5 neighbours on the same sets; `crossed`, the share of sets with
-        quantiles out of order before they are sorted; `rank_agreement` with KSG on the table.
+        family and a map that were kept out; `ksg_...` on the same sets for KSG with the number of neighbours that is best on sets of the
+        training distribution (`KSG_NEIGHBOURS`); `crossed`, the share of sets with quantiles out of order before they are sorted;
+        `rank_agreement` with KSG on the table.
 
     Raises:
         InputError: for data that are no table, a budget in epochs (no set is seen twice), or a folder that holds another run.
@@ -179,7 +181,7 @@ def _judge(estimator: SupervisedMI, seed: int) -> tuple[dict[str, float], dict[s
         found = judge_estimator(estimator, some, (0.05, 0.95))
         metrics[f"{kind}squared_error"] = mean_squared_error(found)
         metrics[f"{kind}coverage"] = interval_coverage(found)
-        by_neighbours = judge_estimator(KSG(gaussianise=True), some)
+        by_neighbours = judge_estimator(KSG(KSG_NEIGHBOURS), some)
         metrics[f"ksg_{kind}squared_error"] = mean_squared_error(by_neighbours)
         if not kind:
             errors = {

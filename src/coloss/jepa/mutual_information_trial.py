@@ -5,6 +5,7 @@ from coloss.jepa.mutual_information_bounds import InfoNCE
 from coloss.jepa.mutual_information_data import TRAINING_FAMILIES, TRAINING_MAPS, MIMetaDataset
 from coloss.jepa.mutual_information_estimators import KSG, GaussianMI, MIEstimator
 from coloss.jepa.mutual_information_report import (
+    KSG_NEIGHBOURS,
     interval_coverage,
     judge_estimator,
     mean_squared_error,
@@ -23,8 +24,9 @@ def measure_estimators(setting: Setting) -> dict[str, dict[str, float]]:
     is trained anew for each set, so it is judged on every sixteenth only, and `squared_error_sixteenth` is what compares it with the others.
     """
     arms: dict[str, MIEstimator] = {
-        "KSG": KSG(5, gaussianise=True),
-        "KSG, columns as they are": KSG(5),
+        "KSG": KSG(KSG_NEIGHBOURS),
+        "KSG, k = 5": KSG(5),
+        "KSG, rank-Gaussianised": KSG(KSG_NEIGHBOURS, gaussianise=True),
         "Gaussian": GaussianMI(),
         "Gaussian copula": GaussianMI(correct=True, gaussianise=True),
         "mist": SupervisedMI.pretrained(),

@@ -9,13 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coloss.errors import InputError
-from coloss.metrics import (
-    entropy_rank,
-    feature_standard_deviation,
-    participation_ratio,
-    rankme,
-    stable_rank,
-)
+from coloss.metrics import feature_standard_deviation, rank_meters
 from coloss.ops import gather_with_gradient, world_size
 from coloss.train.feature_source import FeatureSource
 from coloss.train.method import Method
@@ -128,12 +122,7 @@ class EffectiveRankMonitor(Method):
         values = {"rows": float(len(rows))}
         if len(rows) < 2 or not bool(rows.isfinite().all()):
             return values | dict.fromkeys(_NAMES, math.nan) | {"collapsed": 0.0}
-        values |= {
-            "rankme": float(rankme(rows)),
-            "rankme_centered": float(rankme(rows, center=True)),
-            "entropy_rank": float(entropy_rank(rows)),
-            "participation_ratio": float(participation_ratio(rows)),
-            "stable_rank": float(stable_rank(rows)),
+        values |= rank_meters(rows) | {
             "feature_std": float(feature_standard_deviation(rows)),
             "scale": float(rows.double().var(0, correction=0).sum().sqrt()),
         }

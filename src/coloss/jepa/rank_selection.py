@@ -27,14 +27,15 @@ does not see scale: an embedding that shrank to a point can keep it, so look at 
 projector's end changes the value.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from coloss.data import small_image_views
 from coloss.jepa.lejepa import LeJEPA
-from coloss.metrics import evaluate_encoder, extract_features, lidar, rankme
+from coloss.metrics import evaluate_encoder, extract_features, lidar, rank_correlation, rankme
 from coloss.train.budget import Budget
 from coloss.train.encoder_task import digits_encoder_task
 from coloss.train.system import Claim, System
@@ -78,15 +79,6 @@ def _run(setting: Setting, weight: float) -> dict[str, float]:
     }
 
 
-def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation; 0 where one side is constant."""
-    from scipy.stats import spearmanr
-
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        return 0.0
-    return float(spearmanr(first, second).statistic)
-
-
 def _choose(setting: Setting) -> Mapping[str, Mapping[str, float]]:
     """Train one encoder for each weight; choose by each meter, and at random."""
     weights = WEIGHTS[::2] if setting.smoke else WEIGHTS
@@ -104,9 +96,9 @@ def _choose(setting: Setting) -> Mapping[str, Mapping[str, float]]:
             f"weight_by_{meter}": weights[runs.index(winner)],
         }
         for name, some in (("spearman", runs), ("spearman_healthy", healthy)):
-            chosen[f"{name}_{meter}"] = _spearman(
-                [run[meter] for run in some], [run["linear"] for run in some]
-            )
+            found = rank_correlation([run[meter] for run in some], [run["linear"] for run in some])
+            # Runs that a meter or the probe cannot tell apart are in no order.
+            chosen[f"{name}_{meter}"] = 0.0 if math.isnan(found) else found
     for weight, run in zip(weights, runs):
         at_random[f"linear_at_{weight:g}"] = run["linear"]
         chosen |= {f"{meter}_at_{weight:g}": run[meter] for meter in METERS}

@@ -29,7 +29,7 @@ class Saccades:
         names: row and column of the patch's centre as shares of the sides; `spread`: of numbers uniform in [0, 1].
 
     Raises:
-        ValueError: for a value out of range, images smaller than a patch, or a saliency of another shape.
+        ValueError: for a value out of range, images smaller than a patch, or a saliency of another shape, below 0 or not finite.
 
     Cost:
         A loop over views, not over samples.
@@ -80,6 +80,9 @@ class Saccades:
         saliency = full_precision(self.saliency(images))
         if saliency.shape != (batch, height, width):
             raise ValueError(f"saliency must give {(batch, height, width)}, got {tuple(saliency.shape)}")
+        allowed = (saliency >= 0) & saliency.isfinite()
+        if not bool(allowed.all()):
+            raise ValueError(f"saliency must be >= 0 and finite, got {saliency[~allowed][0].item()}")
         # A patch is named by its upper left corner, and has the saliency of the pixel at its centre.
         half = self.patch // 2
         last_row, last_column = height - self.patch, width - self.patch

@@ -10,7 +10,7 @@ from torch import Tensor
 from coloss.data import MaskRequest, MultiBlock2d, Splits, load
 from coloss.jepa.masked_prediction import MaskedPrediction
 from coloss.jepa.sequential_prediction import DSeqJEPA, GivenSaliency, QuerySaliency, SalientSequence
-from coloss.metrics import knn_probe, linear_probe
+from coloss.metrics import knn_probe, linear_probe, predict
 from coloss.nn import TokenEncoder, token_encoder_for_shape
 from coloss.train.budget import Budget
 from coloss.train.loop import fit
@@ -48,9 +48,9 @@ def salient_and_random_regions(setting: Setting, part: str = "test") -> dict[str
     random = torch.Generator().manual_seed(setting.seed)
 
     def look(encoder: TokenEncoder) -> dict[str, float]:
-        encoder.eval()
-        with torch.no_grad():
-            seen, tokens = encoder.encode(images), encoder.encode(others)
+        seen, tokens = (
+            predict(encoder, some, len(some), call=encoder.encode)[0] for some in (images, others)
+        )
         probed = (seen.flatten(1), labels, tokens.flatten(1), other_labels)
         request = MaskRequest(len(others), (7, 7), tokens=tokens, inputs=others, encoder=encoder)
         first = SalientSequence(QuerySaliency(), min_area=MIN_AREA).regions(request)[:, 0]

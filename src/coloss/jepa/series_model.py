@@ -14,7 +14,7 @@ from coloss.data import IndexedDataset
 from coloss.errors import InputError
 from coloss.jepa.masked_prediction import find_token_encoder
 from coloss.jepa.series_preparation import SeriesPreparation
-from coloss.metrics import crop_average
+from coloss.metrics import crop_average, predict
 from coloss.nn import Classifier, SignalPatches, TokenEncoder
 from coloss.train.budget import Budget
 from coloss.train.loop import fit
@@ -165,17 +165,17 @@ def fine_tune_series(
         model: a `SeriesModel` around a `TokenEncoder`.
         series: raw.
         targets: class numbers from 0.
-        classes: number of classes; None for what targets hold.
+        classes: number of classes, more than the largest target; None for what targets hold.
         budget: None for 150 steps.
         learning_rate: at the start, > 0.
         batch_size: series in a step.
         seed: of the linear layer, crops and order.
 
     Returns:
-        Raw series to logits, in evaluation mode.
+        Raw series to logits, in evaluation mode, on the device of `model`.
 
     Raises:
-        ValueError: for a model around something else, or a learning rate out of range.
+        ValueError: for a model around something else, a learning rate out of range, or targets that are not below `classes`.
 
     Source:
         Weimann, Conrad, 2024, arXiv 2410.13867, direct fine-tuning; there with a register in place of the mean.
@@ -196,12 +196,15 @@ def fine_tune_series(
         )
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be > 0, got {learning_rate}")
+    largest = int(targets.max())
+    if classes is not None and classes <= largest:
+        raise ValueError(f"classes must be > the largest target {largest}, got {classes}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        count = int(targets.max()) + 1 if classes is None else classes
-        network = Classifier(copy.deepcopy(model.network), count)
-    prepared = model.preparation(series)
+        network = Classifier(copy.deepcopy(model.network), largest + 1 if classes is None else classes)
+    prepared, _ = predict(model.preparation, series)
     size, _ = model._crops(series)
+    device = next(model.network.parameters()).device
     run = fit(
         network,
         IndexedDataset(prepared, targets),
@@ -213,7 +216,8 @@ def fine_tune_series(
         learning_rate_schedule=cosine(warmup=0.1),
         seed=seed,
     )
-    return SeriesModel(copy.deepcopy(model.preparation), run.model, model.crop, model.channels).eval()
+    tuned = SeriesModel(copy.deepcopy(model.preparation), run.model, model.crop, model.channels)
+    return tuned.to(device).eval()
 
 
 def _patch_size(network: nn.Module) -> int:

@@ -134,7 +134,7 @@ class SeriesPreparation(nn.Module):
         high_pass: cutoff of `remove_drift` in cycles per step; None for no filter.
 
     Attributes:
-        mean, std: (channels,), 0 and 1 until `measure`.
+        mean, std: (channels,), 0 and 1 until `measure`. The mean is float64, for series in double precision that lie far from zero.
 
     Returns:
         From `forward(series)`: float32, of the same shape and finite. A channel without any value becomes 0, its mean.
@@ -145,8 +145,8 @@ class SeriesPreparation(nn.Module):
     Examples:
         >>> series = torch.tensor([[[0.0, 2.0]], [[2.0, 4.0]]])
         >>> preparation = SeriesPreparation(1).measure(series)
-        >>> preparation.mean, preparation(torch.tensor([[[2.0, float("nan"), 200.0]]]))
-        (tensor([2.]), tensor([[[0., 5., 5.]]]))
+        >>> preparation.mean.tolist(), preparation(torch.tensor([[[2.0, float("nan"), 200.0]]]))
+        ([2.0], tensor([[[0., 5., 5.]]]))
     """
 
     mean: Tensor
@@ -161,7 +161,7 @@ class SeriesPreparation(nn.Module):
         if high_pass is not None and not 0 < high_pass < 0.5:
             raise ValueError(f"high_pass must be in (0, 0.5) cycles per step, got {high_pass}")
         self.clip, self.high_pass = clip, high_pass
-        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels, dtype=torch.float64))
         self.register_buffer("std", torch.ones(channels))
 
     @torch.no_grad()
@@ -186,8 +186,9 @@ class SeriesPreparation(nn.Module):
 
     @torch.no_grad()
     def forward(self, series: Float[Tensor, "batch channels steps"]) -> Float[Tensor, "batch channels steps"]:
-        scaled = (self._filled(series) - self.mean[:, None]) / self.std[:, None]
-        return scaled.nan_to_num(0.0).clamp(-self.clip, self.clip).to(self.mean.dtype)
+        values = self._filled(series)
+        scaled = (values - self.mean.to(values.dtype)[:, None]) / self.std[:, None]
+        return scaled.nan_to_num(0.0).clamp(-self.clip, self.clip).to(self.std.dtype)
 
     def _filled(self, series: Tensor) -> Tensor:
         if series.ndim != 3 or series.shape[1] != len(self.mean):

@@ -85,7 +85,7 @@ def pretrain_series(
         labels_per_class: for probes and fine-tuning.
 
     Returns:
-        `feature_std` and `rankme` of the features of test series (0 and 1 are collapse). With classes also test accuracies `linear_probe`
+        `feature_std` and `rankme` of the features of test series, if there are at least two (0 and 1 are collapse). With classes also test accuracies `linear_probe`
         and `knn` (see `few_label_probes`), `attentive_probe` on tokens, and `fine_tuned`, the last two for one draw of labels. The same
         for the encoder as initialised ("untrained_...", where fine-tuning is plain supervised training: `supervised`) and for the raw
         series ("raw_linear_probe", "raw_knn").
@@ -173,7 +173,9 @@ def _new_model(run: dict[str, Any]) -> SeriesModel:
 
 def _judge(model: SeriesModel, data: SeriesSet, labels_per_class: int, seed: int) -> dict[str, float]:
     (train, _), (test, _) = extract_features(model, data.train), extract_features(model, data.test)
-    metrics = {"feature_std": float(feature_standard_deviation(test)), "rankme": float(rankme(test))}
+    metrics: dict[str, float] = {}
+    if len(test) > 1:
+        metrics = {"feature_std": float(feature_standard_deviation(test)), "rankme": float(rankme(test))}
     if data.train_targets is None or data.test_targets is None:
         return metrics
     targets, classes = data.train_targets, data.classes

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from coloss.errors import InputError
 from coloss.jepa.group_sparse import activation_group_penalty, check_groups
-from coloss.metrics import feature_standard_deviation
+from coloss.jepa.masked_prediction import between_sample_std
 from coloss.train.feature_source import FeatureSource
 from coloss.train.method import Method
 from coloss.train.schedules import Schedule
@@ -17,14 +17,14 @@ class ActivationGroupSparsity(Method):
     """Few groups of features active in each sample: group lasso on activations, beside an objective or any self-supervised method.
 
     It acts on features, `SparseJEPA` on weights. Features that shrink to zero satisfy it best, so give it little weight, and look at
-    `feature_std`, which is logged.
+    `activation_std`, which is logged: `between_sample_std` of the features, 0 once they have shrunk to a point.
 
     Args:
         groups: number of equal groups of consecutive features, or their sizes.
         weight: of the term, a number >= 0 or a schedule.
         tap: which features, see `coloss.train.FeatureSource`: by default the model's output where there is no objective, and the input of the
             classifier where there is one.
-        meter_every: steps between values of `feature_std` in the log, >= 1.
+        meter_every: steps between values of `activation_std` in the log, >= 1.
 
     Raises:
         InputError: for a value out of range, or features that do not fit the groups.
@@ -68,7 +68,7 @@ class ActivationGroupSparsity(Method):
     def terms(self, state: State) -> dict[str, Tensor]:
         features = self.features.read(state)
         if state.step % self.meter_every == 0 and len(features) > 1:
-            state.log({"feature_std": feature_standard_deviation(features.detach())})
+            state.log({"activation_std": between_sample_std(features[:, None])})
         sizes = group_sizes(self.groups, features.shape[1])
         return {"activation_groups": activation_group_penalty(features, sizes)}
 

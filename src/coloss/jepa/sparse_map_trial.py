@@ -11,7 +11,7 @@ from coloss.data import Batch, MaskRequest, Masks, Splits, load
 from coloss.jepa.group_sparse import group_l2_norms, multi_information_gaussian
 from coloss.jepa.masked_prediction import LatentPass
 from coloss.jepa.sparse_prediction import SparseJEPA
-from coloss.metrics import knn_probe, linear_probe
+from coloss.metrics import knn_probe, linear_probe, predict
 from coloss.nn import TokenEncoder, token_encoder_for_shape
 from coloss.train.budget import Budget
 from coloss.train.loop import fit
@@ -64,7 +64,7 @@ def _unexplained(method: _Measured, encoder: nn.Module, images: Tensor) -> float
     error = variance = 0.0
     for hidden in range(4):
         method.masker = partial(_quadrants, hidden=hidden)
-        state = State(encoder, batch=Batch(images))
+        state = State(encoder, batch=Batch(images.to(next(encoder.parameters()).device)))
         with torch.no_grad():
             method.terms(state)
         predictions, targets = method.seen
@@ -85,8 +85,9 @@ def sparse_and_dense(setting: Setting, part: str = "test") -> dict[str, dict[str
 
     def look(encoder: TokenEncoder) -> dict[str, float]:
         encoder.eval()
-        with torch.no_grad():
-            known, found = encoder.encode(images), encoder.encode(unseen)
+        known, found = (
+            predict(encoder, some, len(some), call=encoder.encode)[0] for some in (images, unseen)
+        )
         probed = (known.flatten(1), train.targets, found.flatten(1), test.targets)
         pooled = found.mean(1)[
             :, :-1

@@ -10,8 +10,10 @@ KL and group lasso, after oi-VAE), with these choices:
     W   <- prox( W - eta * gradient of that loss ),   threshold eta * strength for each column of W
 
 W is not moved by the run's optimizer, so that neither Adam's steps nor weight decay reach it: with one step size (eta) for all entries those
-columns vanish whose gradient is shorter than `strength`. The penalty stands in no loss, so it counts once. All else, the
-encoder included, trains as in `MaskedPrediction`. The slow copy follows the encoder by averaging and takes no proximal step.
+columns vanish whose gradient is shorter than `strength`. `clip_norm` of `coloss.fit` does reach it: W's gradient counts in the norm and is
+scaled with the others. In Lightning and in a loop of your own W's gradient is gone before you clip. The penalty stands in no loss, so it
+counts once. All else, the encoder included, trains as in `MaskedPrediction`. The slow copy follows the encoder by averaging and takes no
+proximal step.
 `ActivationGroupSparsity` is the variant on activations: group lasso on the embedding of each sample, beside any training.
 
 When it helps: you want to read which latent dimensions serve which group of outputs; on data with known groups (bars of one lit row, an
@@ -40,6 +42,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from coloss.data import Masker
 from coloss.errors import InputError
@@ -167,6 +170,7 @@ class SparseJEPA(MaskedPrediction):
         self.beta = beta
         self.term_weights = {**self.term_weights, "generator_prior": prior, "latent_kl": beta}
         self._gradient: Tensor | None = None
+        self._before_optimizer: RemovableHandle | None = None
         self._divergence: Tensor | None = None
 
     def new_predictor(self, encoder: TokenEncoder) -> nn.Module:
@@ -180,6 +184,7 @@ class SparseJEPA(MaskedPrediction):
 
     def setup(self, state: State) -> None:
         super().setup(state)
+        self._gradient = self._before_optimizer = None
         encoder = self._encoder(state)
         width = len(self.predictor.get_parameter("mask_token"))
         sizes = group_sizes(self.groups, encoder.out_features)
@@ -213,7 +218,16 @@ class SparseJEPA(MaskedPrediction):
         return terms
 
     def on_gradients(self, state: State) -> None:
-        """Takes the gradient of W away from the optimizer, which leaves a parameter without one as it is, weight decay included."""
+        """Takes the gradient of W away from the optimizer, in `fit` after clipping."""
+        if state.fabric is None or state.optimizer is None:
+            self._take_gradient()
+        elif self._before_optimizer is None:
+            self._before_optimizer = state.optimizer.register_step_pre_hook(
+                lambda optimizer, args, kwargs: self._take_gradient()
+            )
+
+    def _take_gradient(self) -> None:
+        """Without a gradient an optimizer leaves a parameter as it is, weight decay included."""
         self._gradient, self.map.weight.grad = self.map.weight.grad, None
 
     def on_step(self, state: State) -> None:
@@ -226,6 +240,12 @@ class SparseJEPA(MaskedPrediction):
         if state.step % self.meter_every == 0:
             state.log({"zero_columns": self.zero_columns()})
         super().on_step(state)
+
+    def finish(self, state: State) -> None:
+        super().finish(state)
+        if self._before_optimizer is not None:
+            self._before_optimizer.remove()
+            self._before_optimizer = None
 
     def zero_columns(self) -> float:
         """Share of the columns of W that are exactly zero: pairs of a latent and a group that ignores it."""

@@ -157,6 +157,7 @@ def _judge(
         ("features_linear", linear_scores, features),
         ("features_boosting", boosting_scores, features),
         ("untrained_linear", linear_scores, first),
+        ("untrained_boosting", boosting_scores, first),
         ("raw_linear", linear_scores, {part: encoding.one_hot(some) for part, some in raw.items()}),
         ("raw_boosting", boosted, raw),
     ]
@@ -196,6 +197,9 @@ def linear_scores(
 ) -> dict[str, float]:
     """Test scores of a logistic or ridge regression on standardised features, its penalty chosen by cross-validation on the training rows.
 
+    Rows of a class that has no other row are left out of the choice, and learnt from all the same; with fewer than two classes to choose on,
+    the penalty is 1.
+
     Args:
         kind: "classification" or "regression".
         train, targets: labelled rows.
@@ -217,11 +221,14 @@ def linear_scores(
     if kind == "regression":
         model = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
     else:
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / PENALTIES[0], max_iter=1000))
-        folds = min(5, int(np.unique(targets, return_counts=True)[1].min()))
-        if folds > 1:
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=1000))
+        classes, counts = np.unique(targets, return_counts=True)
+        if (counts > 1).sum() > 1:
+            known = np.isin(targets, classes[counts > 1])
             grid = {"logisticregression__C": [1 / penalty for penalty in PENALTIES]}
-            model = GridSearchCV(model, grid, cv=folds, scoring="neg_log_loss")
+            folds = min(5, int(counts[counts > 1].min()))
+            search = GridSearchCV(model, grid, cv=folds, scoring="neg_log_loss", refit=False)
+            model.set_params(**search.fit(train[known], targets[known]).best_params_)
     return _scores(kind, model.fit(train, targets), test, expected)
 
 

@@ -32,6 +32,9 @@ from coloss.train.schedules import cosine, linear
 COLLAPSED = 0.1
 """Features whose deviation between rows falls below this share of the untrained encoder's have collapsed."""
 
+_MEASURED = 1024
+"""Rows whose features are measured."""
+
 _WEIGHTS, _DESCRIPTION = "encoder.safetensors", "transformer.json"
 
 
@@ -61,8 +64,8 @@ class TJEPATransformer(TransformerMixin, BaseEstimator):
     Attributes:
         encoding_: the `TableEncoding`.
         encoder_: the `TokenEncoder`, as it ships (the slow copy's weights).
-        feature_std_: deviation of the training rows' features around each column's mean vector (`between_sample_std`); near 0 for a
-            collapsed encoder, of which `fit` warns.
+        feature_std_: deviation of the training rows' features around each column's mean vector (`between_sample_std`; of more than 1,024
+            rows, on 1,024 drawn by a fixed seed); near 0 for a collapsed encoder, of which `fit` warns.
         untrained_feature_std_: the same before training.
         n_features_in_, feature_names_in_: as scikit-learn has them.
 
@@ -321,7 +324,9 @@ class TJEPATransformer(TransformerMixin, BaseEstimator):
         return extract_features(self.encoder_, rows).features.unflatten(1, (-1, self.dim))
 
     def _feature_std(self, rows: Tensor) -> float:
-        return float(between_sample_std(self._tokens(rows[:1024])))
+        """Of at most 1,024 rows from all over the table, which may be sorted; always the same ones."""
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:_MEASURED]
+        return float(between_sample_std(self._tokens(rows[chosen])))
 
 
 def _plain(value: Any) -> Any:

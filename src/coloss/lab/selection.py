@@ -9,7 +9,7 @@ from pathlib import Path
 from coloss.errors import InputError, suggest_names
 from coloss.lab.directions import Direction, metric_direction
 from coloss.lab.records import read_comparison
-from coloss.metrics.statistics import MeanInterval, mean_interval
+from coloss.metrics.statistics import MeanInterval, mean_interval, rank_correlation
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def select_arm(
         choices={seed: arms[pick] for seed, pick in picks.items()},
         regret=mean_interval([max(value[seed]) - value[seed][picks[seed]] for seed in seeds]),
         random_regret=mean_interval([max(value[seed]) - statistics.fmean(value[seed]) for seed in seeds]),
-        rank_correlation=_mean([_spearman(criterion[seed], value[seed]) for seed in seeds]),
+        rank_correlation=_mean([rank_correlation(criterion[seed], value[seed]) for seed in seeds]),
     )
 
 
@@ -133,14 +133,6 @@ def _means(values: Mapping[int, Sequence[float]]) -> list[float]:
 def _best(values: Sequence[float]) -> int:
     """Where the largest stands, the first of equal ones."""
     return max(range(len(values)), key=lambda place: values[place])
-
-
-def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
-
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        return math.nan
-    return float(spearmanr(first, second).statistic)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from .effective_ranks import alpha_req as alpha_req
 from .effective_ranks import entropy_rank as entropy_rank
 from .effective_ranks import lidar as lidar
 from .effective_ranks import participation_ratio as participation_ratio
+from .effective_ranks import rank_meters as rank_meters
 from .effective_ranks import rankme as rankme
 from .effective_ranks import rankme_interval as rankme_interval
 from .effective_ranks import stable_rank as stable_rank
@@ -62,6 +63,7 @@ from .statistics import MeanInterval as MeanInterval
 from .statistics import PairedResult as PairedResult
 from .statistics import mean_interval as mean_interval
 from .statistics import paired_comparison as paired_comparison
+from .statistics import rank_correlation as rank_correlation
 from .statistics import sign_flip_p_value as sign_flip_p_value
 from .summary import evaluate_classifier as evaluate_classifier
 from .summary import evaluate_dual_encoder as evaluate_dual_encoder

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from coloss.nn.attentive_pool import AttentivePool
+from coloss.ops import without_autocast
 
 from .probes import ProbeResult, label_budget
 
@@ -26,7 +27,7 @@ def attentive_probe(
 ) -> ProbeResult:
     """Test accuracy of one learned query that attends to frozen tokens, with one linear layer behind.
 
-    Tokens are shifted and scaled by mean and variance of each dimension over all training tokens. The `AttentivePool` learns by AdamW
+    Tokens are shifted and scaled by mean and variance of each dimension over the tokens of the training samples used. The `AttentivePool` learns by AdamW
     on cross-entropy, with a cosine learning rate and gradients clipped to norm 1.
 
     Args:
@@ -83,7 +84,8 @@ def attentive_probe(
     train, test = (train - mean) / std, (test - mean) / std
     classes, targets = train_targets[chosen].to(train.device).unique(return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(), torch.enable_grad():
+    # Autocast keeps the cast weights of the first step, and training would not move them.
+    with without_autocast(train.device), torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         pool = AttentivePool(train.shape[2], heads, out=len(classes)).to(train.device)
         optimizer = torch.optim.AdamW(pool.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -97,7 +99,7 @@ def attentive_probe(
             torch.nn.utils.clip_grad_norm_(pool.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    with torch.no_grad():
+    with without_autocast(train.device), torch.no_grad():
         logits = torch.cat([pool(part) for part in test.split(1024)])
     predictions = classes[logits.argmax(1)].long().cpu()
     accuracy = float((predictions == test_targets.cpu()).double().mean())

@@ -63,7 +63,7 @@ def entropy_rank(embeddings: Embeddings, center: bool = True) -> Float[Tensor, "
         >>> entropy_rank(torch.eye(4), center=False)
         tensor(4., dtype=torch.float64)
     """
-    return effective_rank(_singular_values(embeddings, center).square())
+    return _entropy(_singular_values(embeddings, center))
 
 
 def participation_ratio(embeddings: Embeddings, center: bool = True) -> Float[Tensor, ""]:
@@ -85,9 +85,7 @@ def participation_ratio(embeddings: Embeddings, center: bool = True) -> Float[Te
         >>> participation_ratio(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
         tensor(1., dtype=torch.float64)
     """
-    variances = _shares(_singular_values(embeddings, center).square())
-    squares = variances.square().sum()
-    return torch.where(squares > 0, variances.sum().square() / squares.clamp(min=1e-300), 0.0)
+    return _participation(_singular_values(embeddings, center))
 
 
 def stable_rank(embeddings: Embeddings, center: bool = False) -> Float[Tensor, ""]:
@@ -110,10 +108,40 @@ def stable_rank(embeddings: Embeddings, center: bool = False) -> Float[Tensor, "
         >>> stable_rank(torch.diag(torch.tensor([2.0, 2.0, 1.0])))
         tensor(2.2500, dtype=torch.float64)
     """
-    energies = _singular_values(embeddings, center).square()
-    if len(energies) == 0 or energies[0] == 0:
-        return energies.new_zeros(())
-    return (energies / energies[0]).sum()
+    return _stable(_singular_values(embeddings, center))
+
+
+def rank_meters(embeddings: Embeddings, eps: float = 1e-7) -> dict[str, float]:
+    """The effective ranks above at once, from one spectrum as the embeddings are and one around their mean.
+
+    Args:
+        embeddings: finite; one row for each sample.
+        eps: as in `rankme`.
+
+    Returns:
+        "rankme" and "stable_rank" of the embeddings as they are; "rankme_centered", "entropy_rank" and "participation_ratio" without
+        the mean.
+
+    Raises:
+        ValueError: as `rankme`.
+
+    Cost:
+        As `rankme`, twice.
+
+    Examples:
+        >>> found = rank_meters(torch.eye(4))
+        >>> {name: round(value, 3) for name, value in found.items() if name.startswith("rankme")}
+        {'rankme': 4.0, 'rankme_centered': 3.0}
+    """
+    plain, centred = (_singular_values(embeddings, center) for center in (False, True))
+    found = {
+        "rankme": effective_rank(plain, eps),
+        "rankme_centered": effective_rank(centred, eps),
+        "entropy_rank": _entropy(centred),
+        "participation_ratio": _participation(centred),
+        "stable_rank": _stable(plain),
+    }
+    return {name: float(value) for name, value in found.items()}
 
 
 def alpha_req(embeddings: Embeddings, center: bool = True) -> Float[Tensor, ""]:
@@ -279,6 +307,23 @@ def rankme_interval(
 
 def _singular_values(embeddings: Tensor, center: bool) -> Tensor:
     return gram_singular_values(embeddings.detach(), center)
+
+
+def _entropy(singular_values: Tensor) -> Tensor:
+    return effective_rank(singular_values.square())
+
+
+def _participation(singular_values: Tensor) -> Tensor:
+    variances = _shares(singular_values.square())
+    squares = variances.square().sum()
+    return torch.where(squares > 0, variances.sum().square() / squares.clamp(min=1e-300), 0.0)
+
+
+def _stable(singular_values: Tensor) -> Tensor:
+    energies = singular_values.square()
+    if len(energies) == 0 or energies[0] == 0:
+        return energies.new_zeros(())
+    return (energies / energies[0]).sum()
 
 
 def _shares(values: Tensor) -> Tensor:

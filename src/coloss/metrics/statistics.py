@@ -195,6 +195,41 @@ def sign_flip_p_value(differences: ArrayLike, *, resamples: int = 2**16, seed: i
     return (1 + hits) / (1 + resamples)
 
 
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's: by how much two lists put the same things in the same order.
+
+    Args:
+        first, second: one number of each thing, infinities allowed; equal ones share their mean rank.
+
+    Returns:
+        In [-1, 1]; NaN where one list is constant or holds NaN, and for fewer than two things: there is no order to agree on.
+
+    Raises:
+        ValueError: if the two are not one-dimensional and of one length.
+
+    Cost:
+        O(n log n).
+
+    Source:
+        Spearman 1904.
+
+    Examples:
+        >>> rank_correlation([1.0, 2.0, 9.0], [0.1, 0.5, 0.2])
+        0.5
+    """
+    sides = [np.asarray(values, dtype=np.float64) for values in (first, second)]
+    shapes = [side.shape for side in sides]
+    if shapes[0] != shapes[1] or sides[0].ndim != 1:
+        raise ValueError(
+            f"first and second must be one-dimensional and of one length, got shapes {shapes[0]} and {shapes[1]}"
+        )
+    if any(np.isnan(side).any() or np.unique(side).size < 2 for side in sides):
+        return math.nan
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*sides).statistic)
+
+
 def _checked(values: ArrayLike, name: str) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
