@@ -272,7 +272,7 @@ def test_two_processes_take_the_steps_of_one(fetched: bool, tmp_path: Path) -> N
 
 
 def test_the_claim_runs() -> None:
-    found = verify("aggregate-responses", smoke=True)
+    found = verify("aggregate-responses", smoke=True, seeds=1)
     assert found["metric"] == "mse"
     assert {"mse", "mse_in_bags_of_20"} <= found["arms"]["interpolated"]["metrics"].keys()
     assert {"chosen end", "best end in hindsight", "instance level"} <= found["arms"].keys()

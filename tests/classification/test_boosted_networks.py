@@ -247,6 +247,6 @@ def test_the_lab_builds_it_on_the_training_part() -> None:
 
 
 def test_the_claim_runs() -> None:
-    found = verify("gradient-boosted-nn", smoke=True)
+    found = verify("gradient-boosted-nn", smoke=True, seeds=1)
     assert set(found["arms"]) == {"Adam", "boosted"}
     assert found["arms"][CLAIM.method]["metrics"].keys() >= {"accuracy_over_sizes", "accuracy_8_eighths"}

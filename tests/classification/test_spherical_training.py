@@ -294,6 +294,6 @@ def test_the_catalog_entry_names_what_exists() -> None:
 
 
 def test_the_claim_runs() -> None:
-    found = verify("z-loss", smoke=True)
+    found = verify("z-loss", smoke=True, seeds=1)
     assert set(found["arms"]) == {arm.name for arm in CLAIM.arms}
     assert found["arms"][CLAIM.method]["metrics"].keys() >= {CLAIM.metric, "top_1", "top_50"}

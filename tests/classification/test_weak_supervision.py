@@ -393,6 +393,6 @@ def test_principal_components_are_uncorrelated_with_variance_1() -> None:
 
 @pytest.mark.usefixtures("_mnist")
 def test_the_claim_runs() -> None:
-    found = verify("weak-to-strong", smoke=True)
+    found = verify("weak-to-strong", smoke=True, seeds=1)
     assert {"supervisor", "naive", "confidence", "ceiling"} <= set(found["arms"])
     assert found["arms"][CLAIM.method]["metrics"].keys() >= {"accuracy", "gap_recovered", "imitated_errors"}

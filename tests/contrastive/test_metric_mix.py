@@ -256,6 +256,6 @@ def test_the_claim_runs():
         locate("omniglot")
     except DataNotFoundError as error:
         pytest.skip(str(error))
-    found = verify("metrix", smoke=True)
+    found = verify("metrix", smoke=True, seeds=1)
     assert set(found["arms"]) >= {"contrastive", "contrastive + metrix", "multi-similarity"}
     assert {"recall@1", "map@r", "utilization"} <= set(found["arms"]["contrastive"]["metrics"])

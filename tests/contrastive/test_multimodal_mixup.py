@@ -240,6 +240,6 @@ def test_three_modalities_in_a_cycle_classify_tumours():
 
 
 def test_the_claim_runs():
-    found = verify("m3col", smoke=True)
+    found = verify("m3col", smoke=True, seeds=1)
     assert set(found["arms"]) == {"fusion", "fusion and heads", "clip and heads", "m3col"}
     assert found["metric"] == "accuracy"

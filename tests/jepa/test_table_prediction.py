@@ -344,7 +344,7 @@ def test_what_does_not_fit_is_refused(call, message, as_users_call: None) -> Non
 def test_the_claim_measures_every_arm() -> None:
     entry = find_entry("t-jepa")
     assert entry.recipe == "coloss.jepa.pretrain_tjepa"
-    found = verify("t-jepa", smoke=True)
+    found = verify("t-jepa", smoke=True, seeds=1)
     assert set(found["arms"]) >= {"t-jepa", "untrained", "t-jepa, no registers", "raw columns"}
     assert set(found["arms"]["t-jepa"]["metrics"]) >= METRICS
     assert set(found["arms"]["t-jepa, no registers"]["metrics"]) >= METRICS

@@ -383,7 +383,7 @@ def test_bad_options_and_models_are_refused(as_users_call: None):
 
 
 def test_the_claim_runs():
-    found = verify("blockrank", smoke=True)
+    found = verify("blockrank", smoke=True, seeds=1)
     assert (
         found["method"]["name"] == "block attention and ranking loss"
         and found["metric"] == "attention_accuracy"

@@ -387,7 +387,7 @@ def test_emoji_have_a_fine_and_mostly_a_coarse_caption_of_one_identity():
 
 
 def test_the_claim_runs():
-    found = verify("cfam", smoke=True)
+    found = verify("cfam", smoke=True, seeds=1)
     assert found["metric"] == "mrr" and set(found["arms"]) == {
         "info-nce",
         "sdm",

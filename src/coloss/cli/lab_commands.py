@@ -241,7 +241,7 @@ def _measure(slug: str, *, smoke: bool, seeds: int | None, **options: Any) -> di
         from coloss.lab.trials import load_claim
 
         claim = load_claim(slug)
-    count = 2 if smoke else seeds if seeds is not None else claim.seeds
+    count = seeds if seeds is not None else 2 if smoke else claim.seeds
     with progress_bar(len(claim_arms(claim)) * count) as report:
         return measure(slug, smoke=smoke, seeds=seeds, report=report, **options)
 

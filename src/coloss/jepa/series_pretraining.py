@@ -37,10 +37,13 @@ def load_series_encoder(folder: str | Path) -> SeriesModel:
 
     Examples:
         >>> import tempfile
+        >>> import numpy as np
+        >>> import torch
         >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = pretrain_series("italy-power-demand", folder, budget=Budget(steps=2))
-        >>> load_series_encoder(folder)(read_series("italy-power-demand").test).shape
-        torch.Size([1029, 32])
+        >>> np.save(folder / "waves.npy", np.sin(np.arange(960.0)).reshape(40, 24))
+        >>> _ = pretrain_series(str(folder / "waves.npy"), folder / "run", budget=Budget(steps=2))
+        >>> load_series_encoder(folder / "run")(torch.zeros(5, 1, 24)).shape
+        torch.Size([5, 32])
     """
     folder = Path(folder)
     run = read_run(folder)

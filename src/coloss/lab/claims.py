@@ -56,8 +56,8 @@ def verify(
 
     Args:
         slug: the system.
-        smoke: run the same code for two seeds and three steps, and write nothing.
-        seeds: number of paired runs, at least 5; default: the claim's.
+        smoke: run the same code for three steps, and write nothing.
+        seeds: number of paired runs, at least 5; default: the claim's. In a smoke run at least 1, which gives no interval (NaN); default: 2.
         workers: processes to spread trials over.
         ray: address of a Ray cluster, in place of processes.
         folder: where unfinished measurements wait.
@@ -78,10 +78,12 @@ def verify(
     """
     check_workers(workers)
     claim = load_claim(slug)
-    count = 2 if smoke else (seeds if seeds is not None else claim.seeds)
-    if count < FEWEST_SEEDS and not smoke:
+    count = seeds if seeds is not None else (2 if smoke else claim.seeds)
+    fewest = 1 if smoke else FEWEST_SEEDS
+    if count < fewest:
+        hint = "" if smoke else " (use --smoke for a quick look)"
         raise InputError(
-            f"seeds must be >= {FEWEST_SEEDS} for evidence, got {count} (use --smoke for a quick look)"
+            f"seeds must be >= {fewest} for {'a smoke run' if smoke else 'evidence'}, got {count}{hint}"
         )
     record = _plan(slug, claim, count, smoke, command)
     started = time.perf_counter()
@@ -281,7 +283,6 @@ def _evidence(
         [trial.metrics[claim.metric] for trial in arms[name]] for name in (claim.baseline, claim.method)
     )
     result = paired_comparison(method, baseline, direction=claim.direction)
-    assert result.interval is not None
     return Evidence(
         slug=slug,
         statement=claim.statement,
@@ -292,7 +293,7 @@ def _evidence(
         baseline=Side(name=claim.baseline, mean=_mean(baseline), values=baseline),
         method=Side(name=claim.method, mean=_mean(method), values=method),
         difference=result.difference,
-        interval=result.interval,
+        interval=result.interval if result.interval is not None else (math.nan, math.nan),
         p_value=result.p_value,
         effect_size=result.effect_size,
         arms={name: _arm_summary(found) for name, found in arms.items() if found},
