@@ -24,15 +24,8 @@ from coloss.classification import (
 from coloss.classification.rare_positives import LinearClassifier, cross_entropy, rare_positives
 from coloss.errors import InputError
 from coloss.lab import verify
-from coloss.lab.isolation import settle_memory
 from coloss.nn import MLP, Classifier
 from coloss.train import Budget, Method, TrainingStep
-
-
-@pytest.fixture(scope="module", autouse=True)
-def settled():
-    """Trainings of milliseconds: the garbage collection before each of them would take longer."""
-    settle_memory()
 
 
 def rare(count=120):

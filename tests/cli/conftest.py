@@ -6,13 +6,6 @@ from typing import NamedTuple
 import pytest
 
 from coloss.cli.app import main
-from coloss.lab.isolation import settle_memory
-
-
-@pytest.fixture(scope="session", autouse=True)
-def settled():
-    """Trainings of milliseconds: the garbage collection before each of them would take longer."""
-    settle_memory()
 
 
 class Outcome(NamedTuple):

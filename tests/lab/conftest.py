@@ -9,16 +9,9 @@ from torch import nn
 from coloss import Arm, Budget, Method, Task
 from coloss.data import DATASETS, IndexedDataset, Splits, locate
 from coloss.errors import DataNotFoundError
-from coloss.lab.isolation import settle_memory
 from coloss.metrics import evaluate_classifier
 
 SUPPORT = Path(__file__).parent / "support"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def settled():
-    """Trainings of milliseconds: the garbage collection before each of them would take longer."""
-    settle_memory()
 
 
 @pytest.fixture

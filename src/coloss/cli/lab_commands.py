@@ -176,19 +176,16 @@ def _plan(given: dict[str, Any]) -> Any:
     with status("starting"):
         from coloss.lab.arms import split_arms
         from coloss.lab.comparison import Comparison
-        from coloss.lab.isolation import settle_memory
 
         arms = given["methods"]
         options = {k: v for k, v in given.items() if k not in ("task", "methods", "budget", "out")}
-        comparison = Comparison(
+        return Comparison(
             given["task"],
             split_arms(arms) if isinstance(arms, str) else arms,
             budget=budget,
             command=typed_command(),
             **options,
         )
-        settle_memory()
-        return comparison
 
 
 def _default_folder(task: str) -> str:

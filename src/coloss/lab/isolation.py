@@ -1,6 +1,5 @@
-"""What keeps a trial apart from everything around it: its randomness, its threads, the memory of the libraries."""
+"""What keeps a trial apart from everything around it: its randomness and its threads."""
 
-import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,12 +35,3 @@ def reproducible(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
         random.setstate(plain)
         np.random.set_state(array)  # noqa: NPY002
-
-
-def settle_memory() -> None:
-    """Keep what is in memory now, mostly imported libraries, out of garbage collection for good.
-
-    Every `fit` collects garbage before it measures memory; searching the libraries each time takes longer than a short training.
-    """
-    gc.collect()
-    gc.freeze()

@@ -18,7 +18,7 @@ from torch import nn
 from coloss.errors import InputError, suggest_names
 from coloss.lab.arms import build_arm
 from coloss.lab.catalog import find_entry, import_name
-from coloss.lab.isolation import reproducible, settle_memory
+from coloss.lab.isolation import reproducible
 from coloss.lab.loggers import opened_logger
 from coloss.lab.records import ComparisonRecord, ConflictPoint, Cost, HistoryPoint, TrialRecord
 from coloss.lab.tasks import find_task
@@ -83,7 +83,6 @@ def _warmed_up(plan: str, arm_name: str) -> Task:
     record = ComparisonRecord.model_validate_json(plan)
     task = plan_task(record)
     rehearse(record, task, build_arm(next(arm for arm in record.arms if arm.name == arm_name)))
-    settle_memory()
     return task
 
 
