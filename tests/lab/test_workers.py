@@ -1,5 +1,6 @@
 """Processes, a Ray cluster, a kill: the numbers stay the same, and nothing finished is repeated."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -112,5 +113,7 @@ def test_a_worker_that_is_lost():
 
 def _kill_worker(arm: str, seed: int, share: float) -> None:
     for child in children(os.getpid()):
-        if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
-            os.kill(child, signal.SIGKILL)
+        # A helper process of the system may have ended since it was listed.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                os.kill(child, signal.SIGKILL)
