@@ -150,8 +150,8 @@ def read_text(path: Path) -> str:
         raise _broken(path, "gzip" if path.suffix == ".gz" else "text", error) from error
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file with one JSON object on each line, unpacked if it ends in `.gz`.
+def read_json_lines(path: Path) -> list[Any]:
+    """Values of a file with one JSON value on each line, objects as a rule, unpacked if it ends in `.gz`.
 
     Raises:
         DataNotFoundError: if there is no such file.
