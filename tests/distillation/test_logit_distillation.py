@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from torch import Tensor
 
 import coloss
 from coloss import Budget, TrainingStep
-from coloss.distillation import LogitDistillation, binary_kl_loss, distillation_kl_loss, logit_gap_loss
+from coloss.distillation import (
+    LogitDistillation,
+    binary_kl_loss,
+    dist_loss,
+    distillation_kl_loss,
+    dkd_loss,
+    logit_gap_loss,
+    standardized_logits,
+)
 from coloss.nn import MLP, Classifier
 
 
@@ -24,6 +33,35 @@ def test_the_term_compares_the_output_of_the_student_itself(loss: Callable[..., 
     )
     terms = step(inputs, targets)
     torch.testing.assert_close(terms["logit_distillation"], loss(step.model(inputs), teacher(inputs), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("kl", lambda z, t, y: distillation_kl_loss(z, t, 4.0)),
+        ("dkd", lambda z, t, y: dkd_loss(z, t, y, 4.0)),
+        ("dist", lambda z, t, y: dist_loss(z, t, 1.0)),
+        (
+            "standardized",
+            lambda z, t, y: distillation_kl_loss(standardized_logits(z), standardized_logits(t), 2.0),
+        ),
+        ("binary_kl", lambda z, t, y: binary_kl_loss(z, t, 2.0)),
+        ("logit_gap", lambda z, t, y: logit_gap_loss(z, t, 2.0)),
+    ],
+)
+def test_each_name_is_its_loss_at_its_temperature(name: Any, expected: Callable[..., Tensor]) -> None:
+    teacher, inputs, targets = MLP(6, [32], 4), torch.randn(16, 6), torch.randint(4, (16,))
+    method = LogitDistillation(teacher, loss=name)
+    step = TrainingStep(new_student(), F.cross_entropy, [method])
+    found = step(inputs, targets)["logit_distillation"]
+    torch.testing.assert_close(found, expected(step.model(inputs), teacher(inputs), targets))
+    assert method.batch_statistic == (name == "dist")
+
+
+def test_decoupled_distillation_needs_classes() -> None:
+    step = TrainingStep(new_student(), lambda z, y: z.sum(), [LogitDistillation(MLP(6, [8], 4), loss="dkd")])
+    with pytest.raises(ValueError, match="loss='dkd' needs class numbers as targets, got torch.float32"):
+        step(torch.randn(3, 6), torch.rand(3, 4))
 
 
 def test_a_weight_of_zero_is_training_without_the_method_and_without_the_teacher() -> None:

@@ -9,6 +9,9 @@ from .catalog import DatasetInfo as DatasetInfo
 from .catalog import data_directory as data_directory
 from .catalog import dataset_info as dataset_info
 from .catalog import locate as locate
+from .characters import CharacterText as CharacterText
+from .characters import character_windows as character_windows
+from .characters import load_characters as load_characters
 from .class_split import unseen_class_split as unseen_class_split
 from .collection import TextCollection as TextCollection
 from .collection import retrieval_splits as retrieval_splits

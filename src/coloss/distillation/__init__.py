@@ -1,10 +1,13 @@
 """Distillation: one network learns from another."""
 
 from coloss.ops import binary_kl_loss as binary_kl_loss
+from coloss.ops import dist_loss as dist_loss
 from coloss.ops import distillation_kl_loss as distillation_kl_loss
+from coloss.ops import dkd_loss as dkd_loss
 from coloss.ops import gradient_cosine as gradient_cosine
 from coloss.ops import logit_gap_loss as logit_gap_loss
 from coloss.ops import project_conflicting as project_conflicting
+from coloss.ops import standardized_logits as standardized_logits
 
 from .conflict_report import Agreement as Agreement
 from .conflict_report import ConflictReport as ConflictReport
@@ -26,9 +29,12 @@ __all__ = [
     "auxiliary_head",
     "binary_kl_loss",
     "conflict_report",
+    "dist_loss",
     "distillation_kl_loss",
+    "dkd_loss",
     "gradient_cosine",
     "logit_gap_loss",
     "project_conflicting",
+    "standardized_logits",
     "tabulate_teacher_logits",
 ]

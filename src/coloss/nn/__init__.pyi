@@ -1,5 +1,9 @@
 from .attentive_pool import AttentivePool as AttentivePool
 from .batch_norm import SyncBatchNorm1d as SyncBatchNorm1d
+from .causal_language_model import CausalLanguageModel as CausalLanguageModel
+from .causal_language_model import KeyValueCache as KeyValueCache
+from .causal_language_model import KeyValues as KeyValues
+from .causal_language_model import next_token_loss as next_token_loss
 from .classifier import Classifier as Classifier
 from .classifier import DualEncoder as DualEncoder
 from .convnet import ConvNet as ConvNet
@@ -13,6 +17,8 @@ from .positions import PositionTable as PositionTable
 from .positions import sinusoidal_positions as sinusoidal_positions
 from .projector import projection_head as projection_head
 from .resnet import ResNet as ResNet
+from .rotary import rotary_angles as rotary_angles
+from .rotary import rotate as rotate
 from .sequential_recommender import NextItemOutputs as NextItemOutputs
 from .sequential_recommender import SequentialRecommender as SequentialRecommender
 from .sequential_recommender import next_item_loss as next_item_loss

@@ -20,6 +20,7 @@ class SelfAttention(nn.Module):
         dim: size of a token.
         heads: number of heads; divides `dim`.
         dropout: probability of dropping an attention weight in training.
+        key_value_heads: heads of keys and values, each shared by `heads / key_value_heads` heads of queries; None: `heads`.
 
     Returns:
         From `forward`: tokens of the same shape. `attend` stands in for the softmax over all tokens (and for `allowed`, `causal` and
@@ -34,25 +35,30 @@ class SelfAttention(nn.Module):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, dropout: float = 0.0, *, key_value_heads: int | None = None
+    ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim {dim}, got {heads}")
-        self.heads = heads
-        self.dropout = dropout
-        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.heads, self.dropout = heads, dropout
+        self.key_value_heads = heads if key_value_heads is None else key_value_heads
+        if self.key_value_heads < 1 or heads % self.key_value_heads:
+            raise ValueError(f"key_value_heads must divide heads {heads}, got {key_value_heads}")
+        self.query_key_value = nn.Linear(dim, dim + 2 * self.key_value_heads * (dim // heads))
         self.output = nn.Linear(dim, dim)
 
     def project(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> tuple[
         Float[Tensor, "batch heads tokens head_dim"],
-        Float[Tensor, "batch heads tokens head_dim"],
-        Float[Tensor, "batch heads tokens head_dim"],
+        Float[Tensor, "batch key_value_heads tokens head_dim"],
+        Float[Tensor, "batch key_value_heads tokens head_dim"],
     ]:
         """Queries, keys and values of the tokens."""
-        projected = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1))
-        queries, keys, values = projected.permute(2, 0, 3, 1, 4)
+        shared = self.key_value_heads
+        projected = self.query_key_value(tokens).unflatten(2, (self.heads + 2 * shared, -1)).transpose(1, 2)
+        queries, keys, values = projected.split([self.heads, shared, shared], dim=1)
         return queries, keys, values
 
     def forward(
@@ -74,6 +80,7 @@ class SelfAttention(nn.Module):
                 attn_mask=allowed,
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=causal,
+                enable_gqa=self.key_value_heads != self.heads,
             )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
@@ -88,6 +95,7 @@ class TransformerBlock(nn.Module):
         heads: number of attention heads; divides `dim`.
         mlp_ratio: width of the two-layer network in multiples of `dim`.
         dropout: probability for attention weights, hidden activations and both added branches.
+        key_value_heads: see `SelfAttention`.
 
     Returns:
         From `forward(tokens, allowed=None, causal=False, attend=None)`: tokens of the same shape. `attend(queries, keys, values)`, each
@@ -100,11 +108,19 @@ class TransformerBlock(nn.Module):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        key_value_heads: int | None = None,
+    ) -> None:
         super().__init__()
         width = int(dim * mlp_ratio)
         self.attention_norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, heads, dropout)
+        self.attention = SelfAttention(dim, heads, dropout, key_value_heads=key_value_heads)
         self.mlp_norm = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             nn.Linear(dim, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, dim), nn.Dropout(dropout)
@@ -137,6 +153,7 @@ class Transformer(nn.Module):
         heads: number of attention heads; divides `dim`.
         mlp_ratio: width of each block's two-layer network in multiples of `dim`.
         dropout: probability in [0, 1) inside the blocks.
+        key_value_heads: heads of keys and values, which divides `heads`; None: `heads`.
 
     Attributes:
         blocks: `nn.ModuleList` of `TransformerBlock`.
@@ -161,7 +178,14 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, depth: int, heads: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        key_value_heads: int | None = None,
     ) -> None:
         super().__init__()
         if depth < 0:
@@ -169,7 +193,10 @@ class Transformer(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.blocks = nn.ModuleList(
-            TransformerBlock(dim, heads, mlp_ratio=mlp_ratio, dropout=dropout) for _ in range(depth)
+            TransformerBlock(
+                dim, heads, mlp_ratio=mlp_ratio, dropout=dropout, key_value_heads=key_value_heads
+            )
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
         for name, module in self.named_modules():

@@ -1,5 +1,9 @@
 from .class_prototypes import prototypes as prototypes
 from .class_prototypes import prototypical_logits as prototypical_logits
+from .distillation_losses import dist_loss as dist_loss
+from .distillation_losses import distillation_kl_loss as distillation_kl_loss
+from .distillation_losses import dkd_loss as dkd_loss
+from .distillation_losses import standardized_logits as standardized_logits
 from .distributed import all_reduce_mean as all_reduce_mean
 from .distributed import gather_with_gradient as gather_with_gradient
 from .distributed import is_distributed as is_distributed
@@ -7,7 +11,6 @@ from .distributed import rank as rank
 from .distributed import world_size as world_size
 from .distribution_matching import sdm_loss as sdm_loss
 from .divergence import binary_kl_loss as binary_kl_loss
-from .divergence import distillation_kl_loss as distillation_kl_loss
 from .divergence import entropy as entropy
 from .divergence import js_divergence_loss as js_divergence_loss
 from .divergence import logit_gap_loss as logit_gap_loss

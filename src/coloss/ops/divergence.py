@@ -24,46 +24,6 @@ from .precision import full_precision
 Reduction = Literal["batchmean", "sum", "none"]
 
 
-def distillation_kl_loss(
-    student_logits: Float[Tensor, "*batch classes"],
-    teacher_logits: Float[Tensor, "*batch classes"],
-    temperature: float = 4.0,
-    reduction: Reduction = "batchmean",
-) -> Float[Tensor, "..."]:
-    r"""How far the student's softened class probabilities are from the teacher's: Hinton's distillation term.
-
-    $T^2 \sum_k p_k (\log p_k - \log q_k)$ with $p = \mathrm{softmax}(t/T)$ of `teacher_logits` and $q =
-    \mathrm{softmax}(z/T)$ of `student_logits`. The gradient with respect to $z$ is $T (q - p)$; for large $T$
-    the loss tends to $\frac{1}{2K}$ times the squared distance of the centred logits.
-
-    Args:
-        student_logits: logits of the network that learns.
-        teacher_logits: logits to match, same shape.
-        temperature: $T > 0$; higher values weigh the small probabilities more.
-        reduction: `"batchmean"`, `"sum"` or `"none"`.
-
-    Returns:
-        A scalar, or one value for each position with `"none"`; at least float32.
-
-    Raises:
-        ValueError: on unequal shapes, a temperature not above 0, or an unknown reduction.
-
-    Source:
-        Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
-
-    Examples:
-        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
-        >>> round(distillation_kl_loss(student, teacher, temperature=1.0).item(), 4)
-        0.3278
-    """
-    _check(student_logits, teacher_logits, temperature, reduction)
-    student = torch.log_softmax(full_precision(student_logits) / temperature, dim=-1)
-    teacher = torch.log_softmax(full_precision(teacher_logits) / temperature, dim=-1)
-    probability = teacher.exp()
-    ratio = torch.where(probability > 0, teacher - student, 0.0)
-    return _reduce(temperature**2 * (probability * ratio).sum(-1), reduction)
-
-
 def soft_cross_entropy_loss(
     logits: Float[Tensor, "*batch classes"],
     target_probabilities: Float[Tensor, "*batch classes"],
@@ -91,7 +51,9 @@ def soft_cross_entropy_loss(
         >>> round(loss.item(), 4)  # log 4
         1.3863
     """
-    _check(logits, target_probabilities, temperature, reduction, names=("logits", "target_probabilities"))
+    check_logits(
+        logits, target_probabilities, temperature, reduction, names=("logits", "target_probabilities")
+    )
     log_probability = torch.log_softmax(full_precision(logits) / temperature, dim=-1)
     target = full_precision(target_probabilities)
     cost = target * torch.where(target == 0, 0.0, log_probability)
@@ -131,9 +93,9 @@ def binary_kl_loss(
         >>> bool(binary_kl_loss(student, teacher) > 1)
         True
     """
-    _check(student_logits, teacher_logits, temperature, reduction)
+    check_logits(student_logits, teacher_logits, temperature, reduction)
     student, teacher = full_precision(student_logits), full_precision(teacher_logits)
-    divergence = _BernoulliKL.apply(student / temperature, teacher / temperature)
+    divergence = bernoulli_kl(student / temperature, teacher / temperature)
     return _reduce(temperature**2 * divergence.sum(-1), reduction)
 
 
@@ -172,7 +134,7 @@ def logit_gap_loss(
         >>> gap.grad
         tensor([[1.]])
     """
-    _check(student_logits, teacher_logits, temperature, reduction)
+    check_logits(student_logits, teacher_logits, temperature, reduction)
     student, teacher = full_precision(student_logits), full_precision(teacher_logits)
     gap = student - teacher
     gap = gap.masked_fill((student == teacher) & student.isinf(), 0.0)
@@ -210,7 +172,7 @@ def js_divergence_loss(
         >>> round(loss.item(), 4)  # log 2
         0.6931
     """
-    _check(first_logits, second_logits, temperature, reduction, names=("first_logits", "second_logits"))
+    check_logits(first_logits, second_logits, temperature, reduction, names=("first_logits", "second_logits"))
     first = _finite_log_softmax(full_precision(first_logits) / temperature)
     second = _finite_log_softmax(full_precision(second_logits) / temperature)
     mixture = torch.logaddexp(first, second) - math.log(2)
@@ -349,13 +311,36 @@ def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
     return total if reduction == "sum" else total / max(values.numel(), 1)
 
 
-def _check(
+def bernoulli_kl(
+    student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """KL(Bern(sigmoid(v)) || Bern(sigmoid(u))) entry by entry, for logits u of the student and v of the teacher.
+
+    Examples:
+        >>> bernoulli_kl(torch.tensor([0.0, 5.0]), torch.tensor([0.0, -5.0]))
+        tensor([0.0000, 4.9331])
+    """
+    return _BernoulliKL.apply(student, teacher)
+
+
+def check_logits(
     first: Tensor,
     second: Tensor,
-    temperature: float,
-    reduction: Reduction,
+    temperature: float = 1.0,
+    reduction: Reduction = "batchmean",
     names: tuple[str, str] = ("student_logits", "teacher_logits"),
 ) -> None:
+    """Refuse two sets of logits that do not fit each other, and options out of range.
+
+    Raises:
+        ValueError: naming the argument.
+
+    Examples:
+        >>> check_logits(torch.zeros(2, 3), torch.zeros(2, 3), temperature=-1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: temperature must be > 0 and finite, got -1.0
+    """
     if first.shape != second.shape:
         raise ValueError(
             f"{names[1]} must have the shape {tuple(first.shape)} of {names[0]}, got {tuple(second.shape)}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from coloss.nn import Transformer
+from coloss.nn import Transformer, rotary_angles, rotate
 from coloss.retrieval.block_attention import (
     Normalize,
     attention_document_scores,
@@ -224,7 +224,7 @@ class BlockRanker(nn.Module):
         block = self.transformer.blocks[self.ranking_layer]
         queries, keys, _ = block.attention.project(block.attention_norm(tokens))  # type: ignore[union-attr, operator]
         angles = self._angles(self._positions(batch.valid))
-        return self._scores(_turn(queries, angles), _turn(keys, angles), batch)
+        return self._scores(rotate(queries, angles), rotate(keys, angles), batch)
 
     @torch.no_grad()
     def decode(
@@ -274,11 +274,11 @@ class BlockRanker(nn.Module):
 
             def attend(queries: Tensor, keys: Tensor, values: Tensor, number: int = number) -> Tensor:
                 before = cache[number]
-                keys = torch.cat([before[0], _turn(keys, angles)], dim=2)
+                keys = torch.cat([before[0], rotate(keys, angles)], dim=2)
                 values = torch.cat([before[1], values], dim=2)
                 cache[number] = keys, values
                 return F.scaled_dot_product_attention(
-                    _turn(queries, angles), keys, values, attn_mask=seen[:, None, None]
+                    rotate(queries, angles), keys, values, attn_mask=seen[:, None, None]
                 )
 
             tokens = block(tokens, attend=attend)
@@ -296,7 +296,7 @@ class BlockRanker(nn.Module):
             dense = (seen | torch.eye(size, dtype=torch.bool, device=flat.device))[:, None]
 
         def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            queries, keys = _turn(queries, angles), _turn(keys, angles)
+            queries, keys = rotate(queries, angles), rotate(keys, angles)
             projections.append((queries, keys, values))
             if dense is not None:
                 return F.scaled_dot_product_attention(queries, keys, values, attn_mask=dense)
@@ -323,20 +323,9 @@ class BlockRanker(nn.Module):
         return blockrank_position_ids(valid, self.query_offset).flatten(1)
 
     def _angles(self, positions: Tensor) -> Tensor:
-        speeds = 10000.0 ** -(torch.arange(self.turned, device=positions.device) / self.turned)
-        return (positions[:, None, :, None] * speeds).to(torch.float32)
+        return rotary_angles(positions[:, None], self.turned)
 
     def extra_repr(self) -> str:
         return (
             f"attention={self.attention!r}, ranking_layer={self.ranking_layer}, normalize={self.normalize!r}"
         )
-
-
-def _turn(
-    vectors: Float[Tensor, "batch heads tokens dim"], angles: Float[Tensor, "batch 1 tokens pairs"]
-) -> Float[Tensor, "batch heads tokens dim"]:
-    """Rotary positions on the first 2 * pairs dimensions; the others stay."""
-    pairs = angles.shape[3]
-    cosine, sine = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
-    first, second, rest = vectors.split([pairs, pairs, vectors.shape[3] - 2 * pairs], dim=3)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], dim=3)

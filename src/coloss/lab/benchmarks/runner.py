@@ -24,6 +24,7 @@ BENCHMARKS = {
     "output-layer": "coloss.lab.benchmarks.output_layer.measure",
     "meta-nodes": "coloss.lab.benchmarks.meta_nodes.measure",
     "block-attention": "coloss.lab.benchmarks.block_attention.measure",
+    "distillation": "coloss.lab.benchmarks.distillation.measure",
     "mutual-information": "coloss.lab.benchmarks.mutual_information.measure",
 }
 
