@@ -15,6 +15,7 @@ from .train import Task as Task
 from .train import TrainingStep as TrainingStep
 from .train import UncertaintyWeighting as UncertaintyWeighting
 from .train import WeightedSum as WeightedSum
+from .train import cache_teacher as cache_teacher
 from .train import fit as fit
 from .train import load_model as load_model
 from .train import save_model as save_model

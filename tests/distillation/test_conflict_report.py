@@ -10,7 +10,9 @@ from coloss.data import IndexedDataset
 from coloss.distillation import (
     Agreement,
     ConflictReport,
+    TeacherLogits,
     conflict_report,
+    distillation_kl_loss,
     logit_gap_loss,
     tabulate_teacher_logits,
 )
@@ -34,8 +36,15 @@ def test_a_loss_agrees_with_itself_and_opposes_its_negative_everywhere() -> None
         assert getattr(same, place).share_in_conflict == 0
         assert getattr(opposed, place).mean_cosine == pytest.approx(-1, abs=1e-6)
         assert getattr(opposed, place).share_in_conflict == 1
-    assert same.recommendation.startswith("One head and a plain sum will do: mean cosine 1.00")
-    assert opposed.recommendation.startswith("Use a second head with gradient alignment: mean cosine -1.00")
+    assert same.recommendation.endswith(
+        "one head will do: mean cosine 1.00 on the classifier, 1.00 on its input, conflict in 0% of batches in the backbone."
+    )
+    assert (same.rows, opposed.rows) == (0, 1)
+    assert opposed.second_head and not same.second_head
+    assert opposed.recommendation.startswith(
+        "For a logit gap weighed by about 10 / classes, use a second head: mean cosine -1.00 on the classifier, -1.00 on its"
+    )
+    assert opposed.metrics()["cosine_features"] == opposed.features.mean_cosine
 
 
 def test_a_linear_student_by_hand() -> None:
@@ -47,9 +56,38 @@ def test_a_linear_student_by_hand() -> None:
     second = np.tanh((logits - table.double().numpy()) / 3.0).T @ features
     cosine = (first * second).sum() / np.linalg.norm(first) / np.linalg.norm(second)
     assert report.classifier.mean_cosine == pytest.approx(cosine, rel=1e-4)
+    assert report.rows == ((first * second).sum(1) < 0).mean()
     assert math.isnan(report.features.mean_cosine) and math.isnan(report.backbone.share_in_conflict)
-    assert report.recommendation.endswith("nothing is trained in the backbone.")
-    assert not report.alignment
+    assert report.recommendation.endswith("nothing is trained below it.")
+
+
+def test_a_second_head_is_never_advised_where_nothing_that_ships_would_learn_from_it() -> None:
+    opposed = conflict_report(
+        nn.Linear(6, 4), torch.zeros(64, 4), data(), objective=lambda z, y: -towards_zero(z, y)
+    )
+    assert opposed.classifier.mean_cosine == pytest.approx(-1, abs=1e-6)
+    assert opposed.second_head is False
+
+
+def test_any_distillation_loss_may_be_looked_at() -> None:
+    student, samples, table = Classifier(MLP(6, [8]), 4), data(), torch.randn(64, 4) + 5
+    by_name = conflict_report(student, table, samples, loss="kl", temperature=3.0)
+    own = conflict_report(student, table, samples, loss=distillation_kl_loss, temperature=3.0)
+    assert by_name == own != conflict_report(student, table, samples, loss="logit_gap", temperature=3.0)
+    assert conflict_report(student, table, samples, loss="dkd").batches == 1  # it needs the targets
+    assert (own.second_head, own.recommendation.split(":")[0]) == (None, "No advice for this loss")
+    assert conflict_report(student, table, samples, loss=logit_gap_loss).second_head is not None
+    centred = conflict_report(student, TeacherLogits(table=table, center=True), samples)
+    assert centred == conflict_report(student, table - table.mean(1, keepdim=True), samples)
+
+
+def test_gradients_that_are_no_numbers_are_not_taken_for_agreement(as_users_call: None) -> None:
+    student = Classifier(MLP(6, [8]), 4)
+    with pytest.raises(
+        ValueError, match="finite gradients to be compared, got NaN or infinity on the classifier in batch 0"
+    ):
+        conflict_report(student, torch.zeros(64, 4), data(), objective=lambda z, y: z.sum() * torch.nan)
+    assert not any(module._forward_hooks for module in student.modules())
 
 
 def test_the_student_is_seen_as_in_training_and_left_as_it_was() -> None:
@@ -96,18 +134,33 @@ def test_there_are_at_most_the_batches_of_an_epoch() -> None:
     assert conflict_report(student, teacher, [data(8)] * 3, batches=2).batches == 2
 
 
-@pytest.mark.parametrize(
-    ("classifier", "backbone", "advice"),
-    [
-        (Agreement(0.3, 0.0), Agreement(0.2, 0.05), "One head and a plain sum will do"),
-        (Agreement(0.3, 0.0), Agreement(0.0, 0.5), "Keep one head and project conflicting gradients"),
-        (Agreement(-0.1, 0.6), Agreement(0.2, 0.05), "Use a second head without gradient alignment"),
-        (Agreement(-0.1, 0.6), Agreement(0.2, 0.1), "Use a second head with gradient alignment"),
-    ],
-)
-def test_the_advice_follows_from_the_numbers(classifier: Agreement, backbone: Agreement, advice: str) -> None:
-    report = ConflictReport(classifier, Agreement(0.0, 0.0), backbone, batches=20)
-    assert report.recommendation.startswith(advice + ":")
+def test_the_advice_follows_from_the_features_alone() -> None:
+    below = Agreement(0.2, 0.05)
+    for classifier, features, second_head in ((0.3, -0.2, False), (0.3, -0.6, True), (-0.6, 0.3, False)):
+        report = ConflictReport(Agreement(classifier, 0.0), Agreement(features, 0.0), below, batches=20)
+        assert report.second_head is second_head
+
+
+def test_an_objective_may_give_several_losses_by_name(as_users_call: None) -> None:
+    student, teacher, samples = Classifier(MLP(6, [8]), 4), MLP(6, [16], 4), data()
+    parts = conflict_report(
+        student,
+        teacher,
+        samples,
+        objective=lambda z, y: {"half": F.cross_entropy(z, y) / 2, "rest": F.cross_entropy(z, y) / 2},
+    )
+    assert parts.features.mean_cosine == pytest.approx(
+        conflict_report(student, teacher, samples).features.mean_cosine
+    )
+    for objective, got in (
+        (lambda z, y: {}, "none"),
+        (lambda z, y: z, r"\(64, 4\)"),
+        (lambda z, y: 0.0, "float"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"objective must give a scalar tensor, or some by name, got {got}"
+        ):
+            conflict_report(student, teacher, samples, objective=objective)
 
 
 def test_bad_input_is_named(as_users_call: None) -> None:

@@ -1,10 +1,10 @@
 import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import SGD, differing, weights
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ from coloss.distillation import (
 from coloss.nn import MLP, Classifier, SyncBatchNorm1d
 from coloss.train.combine import UncertaintyWeighting
 
-SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 STEPS = Budget(steps=6)
 
 
@@ -34,14 +33,6 @@ def new_teacher() -> nn.Module:
 
 def new_batches(count: int = 6, rows: int = 16) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(rows, 6), torch.randint(4, (rows,))) for _ in range(count)]
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Smoothness(Method):
@@ -195,7 +186,7 @@ def test_a_single_sample_is_too_few_for_the_nonlinear_head_only() -> None:
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["agreeing", "opposed"])
 def test_aligned_gradients_are_the_projection_of_the_weighted_terms(over: Any, sign: float) -> None:
     (batch,) = new_batches(1)
-    method = DualHeadDistillation(new_teacher(), weight=0.7, dropout=0.0, over=over)
+    method = DualHeadDistillation(new_teacher(), weight=0.7, dropout=0.0, over=over, align_gradients=True)
     step = one_step(method, Smoothness(), combine={"smoothness": sign * 20.0})
     terms = step(*batch)
     main = step.state.gradients(terms["cross_entropy"] + sign * 20.0 * terms["smoothness"])
@@ -213,7 +204,7 @@ def inner_product(first: list[Tensor | None], second: list[Tensor | None]) -> fl
 
 
 def test_a_conflict_is_removed_and_anything_else_is_left_alone() -> None:
-    student, method = new_student(), DualHeadDistillation(new_teacher(), dropout=0.0)
+    student, method = new_student(), DualHeadDistillation(new_teacher(), dropout=0.0, align_gradients=True)
     step = one_step(method, student=student)
     optimizer = SGD(step.trainable)
     seen = set()
@@ -233,6 +224,8 @@ def test_a_conflict_is_removed_and_anything_else_is_left_alone() -> None:
         step.after_step()
     assert seen == {0, 1}
     assert method.conflict_share() == int(method.conflicting_steps) / 30
+    assert method.report(student, None) == {"conflict_share": method.conflict_share()}
+    assert DualHeadDistillation(new_teacher(), align_gradients=False).report(student, None) == {}
 
 
 def test_without_shared_parameters_alignment_changes_nothing() -> None:
@@ -244,13 +237,13 @@ def test_without_shared_parameters_alignment_changes_nothing() -> None:
         method = DualHeadDistillation(new_teacher(), align_gradients=align)
         coloss.fit(student, new_batches(), F.cross_entropy, [method], budget=STEPS, optimizer=SGD)
         found.append(weights(student) | weights(method.head))
-    assert same(*found)
+    assert not differing(*found)
 
 
 def test_the_weight_is_whatever_the_combiner_makes_of_it() -> None:
     combine = UncertaintyWeighting(["cross_entropy", "logit_gap"])
     combine.log_variances.data = torch.tensor([0.5, -1.0])
-    method = DualHeadDistillation(new_teacher())
+    method = DualHeadDistillation(new_teacher(), align_gradients=True)
     step = one_step(method, combine=combine)
     terms = step(*new_batches(1)[0])
     main = step.state.gradients(combine(step.state, {**terms, "logit_gap": terms["logit_gap"].detach()}))
@@ -263,10 +256,17 @@ def test_the_weight_is_whatever_the_combiner_makes_of_it() -> None:
 
 
 def test_two_takers_of_the_backward_pass_are_refused() -> None:
-    methods = [DualHeadDistillation(new_teacher()) for _ in range(2)]
+    methods = [DualHeadDistillation(new_teacher(), align_gradients=True) for _ in range(2)]
     with pytest.raises(ValueError, match="each take over the backward pass"):
         TrainingStep(new_student(), F.cross_entropy, methods)
-    assert not DualHeadDistillation(new_teacher(), align_gradients=False).takes_backward
+    assert not DualHeadDistillation(new_teacher()).takes_backward
+
+
+def test_a_second_run_counts_its_own_steps() -> None:
+    method = DualHeadDistillation(new_teacher(), align_gradients=True)
+    for _ in range(2):
+        coloss.fit(new_student(), new_batches(), F.cross_entropy, [method], budget=STEPS)
+        assert int(method.aligned_steps) == 6 >= int(method.conflicting_steps)
 
 
 def test_the_share_of_conflicts_is_unknown_before_the_first_step() -> None:
@@ -298,6 +298,33 @@ def test_neither_teacher_nor_head_is_trained_on_while_the_weight_is_zero(align: 
     assert int(method.aligned_steps) == (3 if align else 0)
 
 
+def test_the_term_may_end_early() -> None:
+    methods = [
+        DualHeadDistillation(new_teacher(), weight=0.1, until=0.5),
+        DualHeadDistillation(new_teacher(), weight=lambda progress: 0.1 if progress < 0.5 else 0.0),
+    ]
+    for method in methods:
+        run = coloss.fit(new_student(), new_batches(), F.cross_entropy, [method], budget=STEPS, log_every=1)
+        assert [point.terms["logit_gap"] > 0 for point in run.history] == [True] * 3 + [False] * 3
+    with pytest.raises(ValueError, match=r"until must be in \(0, 1\], got 0"):
+        DualHeadDistillation(new_teacher(), until=0)
+
+
+def test_the_teachers_offset_can_be_taken_off() -> None:
+    table, (inputs, targets) = torch.randn(16, 4), new_batches(1)[0]
+    found = []
+    for offset, center in ((0.0, True), (1e3, True), (1e3, False)):
+        torch.manual_seed(0)
+        method = DualHeadDistillation(
+            teacher_logits=(table + offset).double(), center_teacher=center, head="linear"
+        )
+        found.append(
+            one_step(method, student=new_student())(inputs, targets, torch.arange(16))["logit_gap"].item()
+        )
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] > 1000
+
+
 @pytest.mark.parametrize("align", [True, False])
 def test_a_weight_of_zero_is_training_without_the_method(align: bool) -> None:
     batches, found = new_batches(), []
@@ -306,7 +333,7 @@ def test_a_weight_of_zero_is_training_without_the_method(align: bool) -> None:
         student = new_student()
         coloss.fit(student, batches, F.cross_entropy, methods, budget=STEPS, optimizer=SGD)
         found.append(weights(student))
-    assert same(*found)
+    assert not differing(*found)
 
 
 # The teacher
@@ -319,7 +346,7 @@ def test_the_teacher_does_not_change_and_is_not_trained() -> None:
     step = one_step(method)
     assert not {id(p) for p in step.trainable} & {id(p) for p in teacher.parameters()}
     coloss.fit(new_student(), new_batches(), F.cross_entropy, [DualHeadDistillation(teacher)], budget=STEPS)
-    assert same(before, weights(teacher))
+    assert not differing(before, weights(teacher))
     assert not teacher.training
 
 

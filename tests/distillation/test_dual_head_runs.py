@@ -1,27 +1,27 @@
 import copy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import check_two_processes
+from contract import SGD, check_loops, check_resume, check_two_processes, differing, weights
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import coloss
-from coloss import Budget, Method, TrainingStep
-from coloss.distillation import DualHeadDistillation, LogitDistillation
-from coloss.distillation.dual_head import CLAIM, SYSTEM
+from coloss import Budget, Method
+from coloss.data import load
+from coloss.distillation import DualHeadDistillation, LogitDistillation, dual_head_trial, logit_gap_loss
+from coloss.distillation.dual_head import SYSTEM
+from coloss.distillation.dual_head_trial import QUESTIONS, USES, Use, few_questions
 from coloss.lab import find_entry, verify
 from coloss.lab.catalog import import_name
+from coloss.lab.tasks import find_task
 from coloss.nn import MLP, Classifier
 from coloss.train.task import Setting
 
-SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 STEPS = Budget(steps=6)
 
 
@@ -35,14 +35,6 @@ def new_teacher() -> nn.Module:
 
 def new_batches(count: int = 6, rows: int = 16) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(rows, 6), torch.randint(4, (rows,))) for _ in range(count)]
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Smoothness(Method):
@@ -67,101 +59,33 @@ def test_the_student_ships_as_it_was_built() -> None:
     assert torch.equal(fresh(inputs), student(inputs))
 
 
-class Killed(Exception):
-    pass
-
-
-class Kill(Method):
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-
-    def on_step(self, state: coloss.State) -> None:
-        if state.step == self.at:
-            raise Killed
+@pytest.mark.parametrize("options", [{"align_gradients": True}, {}, {"until": 0.5}], ids=str)
+def test_a_killed_run_resumes_bit_identically(tmp_path: Path, options: dict[str, Any]) -> None:
+    # Killed before half-way, where `until` takes the term off.
+    data = (torch.randn(64, 6), torch.randint(4, (64,)))
+    check_resume(
+        new_student,
+        lambda: DualHeadDistillation(new_teacher(), **options),
+        data,
+        tmp_path,
+        F.cross_entropy,
+        kill_at=5,
+    )
 
 
 @pytest.mark.parametrize("align", [True, False])
-def test_a_killed_run_resumes_bit_identically(tmp_path: Path, align: bool) -> None:
-    data = (torch.randn(64, 6), torch.randint(4, (64,)))
-    student, teacher = new_student(), new_teacher()
+def test_fit_a_plain_loop_and_lightning_take_the_same_steps(align: bool) -> None:
+    teacher = new_teacher()
 
-    def run(kill_at: int, **options: Any) -> dict[str, Tensor]:
-        method = DualHeadDistillation(copy.deepcopy(teacher), align_gradients=align)
-        trained = copy.deepcopy(student)
-        coloss.fit(
-            trained,
-            data,
-            F.cross_entropy,
-            [method, Kill(kill_at)],
-            batch_size=16,
-            budget=Budget(steps=9),
-            optimizer=SGD,
-            **options,
-        )
-        return weights(trained) | {f"method.{name}": value for name, value in weights(method).items()}
+    def new_method() -> Method:
+        return DualHeadDistillation(copy.deepcopy(teacher), dropout=0.0, align_gradients=align)
 
-    whole = run(kill_at=0)
-    kept = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
-    with pytest.raises(Killed):
-        run(kill_at=7, **kept)
-    resumed = run(kill_at=0, resume=True, **kept)
-    assert int(resumed["method.aligned_steps"]) == (9 if align else 0)
-    assert same(whole, resumed)
-
-
-def test_fit_a_plain_loop_and_lightning_take_the_same_steps() -> None:
-    from lightning.pytorch import LightningModule, Trainer
-
-    batches, initial, teacher = new_batches(), new_student(), new_teacher()
-    methods = [DualHeadDistillation(copy.deepcopy(teacher), dropout=0.0) for _ in range(3)]
-    fitted, looped, lit = (copy.deepcopy(initial) for _ in range(3))
-
-    coloss.fit(fitted, batches, F.cross_entropy, [methods[0]], budget=STEPS, optimizer=SGD, seed=3)
-
-    torch.manual_seed(3)
-    step = TrainingStep(looped, F.cross_entropy, [methods[1]], total_steps=6)
-    optimizer = SGD(step.trainable)
-    for batch in batches:
-        optimizer.zero_grad()
-        step.backward(step(*batch))
-        optimizer.step()
-        step.after_step()
-    step.finish()
-
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = lit
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            return F.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return SGD([p for p in self.parameters() if p.requires_grad])
-
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[coloss.MethodCallback([methods[2]])],
-    )
-    torch.manual_seed(3)
-    trainer.fit(Module(), DataLoader(batches, batch_size=None))
-
-    assert int(methods[0].aligned_steps) == 6
-    assert not same(weights(initial), weights(fitted))
-    for other, method in ((looped, methods[1]), (lit, methods[2])):
-        assert same(weights(fitted), weights(other))
-        assert same(weights(methods[0]), weights(method))
+    check_loops(new_student, new_method, new_batches(), F.cross_entropy)
 
 
 def test_it_composes_with_other_methods() -> None:
     others = [Smoothness(), LogitDistillation(new_teacher())]
-    method = DualHeadDistillation(new_teacher())
+    method = DualHeadDistillation(new_teacher(), align_gradients=True)
     run = coloss.fit(
         new_student(), new_batches(), F.cross_entropy, [others[0], method, others[1]], budget=STEPS
     )
@@ -172,13 +96,12 @@ def test_it_composes_with_other_methods() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"head": "linear"}, id="linear, aligned"),
-        pytest.param({"hidden": 12, "dropout": 0.0}, id="nonlinear, aligned"),
+        pytest.param({"head": "linear", "align_gradients": True}, id="linear, aligned"),
+        pytest.param({"hidden": 12, "dropout": 0.0, "align_gradients": True}, id="nonlinear, aligned"),
         pytest.param(
             {
                 "hidden": 12,
                 "dropout": 0.0,
-                "align_gradients": False,
                 "weight": lambda progress: 1.0 if progress < 0.5 else 0.0,
             },
             id="nonlinear, plain backward, switched off half-way",
@@ -202,7 +125,7 @@ def test_two_processes_take_the_steps_of_one(options: dict[str, Any], tmp_path: 
             optimizer=SGD,
             fabric=fabric,
         )
-        if "align_gradients" not in options:
+        if method.align_gradients:
             assert method.conflicting_steps > 0
         found = {f"student.{name}": value for name, value in student.state_dict().items()}
         found |= {f"head.{name}": value for name, value in method.head.state_dict().items()}
@@ -221,34 +144,56 @@ def test_the_catalog_entry_names_what_exists() -> None:
 
 
 def test_the_lab_builds_it_with_a_teacher_of_its_own_or_from_a_file(tmp_path: Path) -> None:
-    task = CLAIM.task
-    assert isinstance(task, coloss.Task)
-    setting = Setting.of(task, seed=0, smoke=True)
+    setting = Setting.of(find_task("iris"), seed=0, smoke=True)
     trained = DualHeadDistillation.for_setting(setting, weight=0.5, head="linear")
     path = coloss.save_model(trained.teacher.network.module, tmp_path / "teacher.safetensors")
     stored = DualHeadDistillation.for_setting(setting, teacher=str(path))
-    assert same(weights(trained.teacher), weights(stored.teacher))
+    assert not differing(weights(trained.teacher), weights(stored.teacher))
     assert (trained.weight, trained.head_options[0], stored.weight) == (0.5, "linear", 1.0)
-    orphan = replace(setting, task=replace(task, teacher=None))
+    orphan = replace(setting, task=replace(setting.task, teacher=None))
     with pytest.raises(ValueError, match="has no teacher model"):
         DualHeadDistillation.for_setting(orphan, teacher=str(path))
 
 
+# The claim
+
+
 def test_the_claims_data_are_disjoint_and_drawn_by_seed() -> None:
-    task = CLAIM.task
-    assert isinstance(task, coloss.Task)
-    splits = task.load(1)
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (600, 362, 835)
-    rows = [{tuple(row) for row in part.inputs.flatten(1).tolist()} for part in (splits.train, splits.test)]
-    assert not rows[0] & rows[1]
-    assert torch.equal(task.load(1).train.inputs, splits.train.inputs)
-    assert not torch.equal(task.load(2).train.inputs, splits.train.inputs)
+    splits = few_questions(1)
+    assert (len(splits.train), len(splits.test)) == (QUESTIONS, 3080)
+    assert not set(splits.train.ids.tolist()) & set(splits.validation.ids.tolist())
+    assert torch.equal(few_questions(1).train.ids, splits.train.ids)
+    assert not torch.equal(few_questions(2).train.ids, splits.train.ids)
+
+
+def test_each_use_of_the_teacher_is_what_its_name_says() -> None:
+    table = torch.randn(4, 3)
+    assert USES["cross-entropy"].methods(table) == []
+    for name, use in USES.items():
+        for method in use.methods(table):
+            assert isinstance(method, LogitDistillation if "one head" in name else DualHeadDistillation)
+            assert not method.takes_backward
+    assert USES["dual head"].methods(table)[0].head_options[0] == "nonlinear"
+    assert USES["one head, logit gap"].methods(table)[0].loss.function is logit_gap_loss
+
+
+def test_a_use_decides_learning_rate_and_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def spied(*args: Any, **options: Any) -> Any:
+        seen.append(options["optimizer"].keywords)
+        return coloss.fit(*args, **options)
+
+    monkeypatch.setattr(dual_head_trial, "fit", spied)
+    dual_head_trial.train_student(load("iris", seed=0), torch.zeros(1, 3), Use(0.7, 3e-3), seed=0, epochs=0.1)
+    assert seen == [{"lr": 0.7, "momentum": 0.9, "weight_decay": 3e-3}]
 
 
 def test_the_claim_runs() -> None:
     found = verify("dhkd", smoke=True, seeds=1)
-    assert set(found["arms"]) == {arm.name for arm in CLAIM.arms}
-    assert found["arms"][CLAIM.method]["metrics"].keys() >= {"accuracy", "nll", "conflict_share"}
+    assert found["arms"].keys() == USES.keys() | {"teacher"}
+    for arm in found["arms"].values():
+        assert arm["metrics"].keys() >= {"accuracy", "nll"}
     one_head = found["arms"]["one head, logit gap"]["metrics"]
     assert all(
         -1 <= one_head[f"cosine_{place}"]["mean"] <= 1 for place in ("classifier", "features", "backbone")

@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,12 +11,14 @@ from coloss import Budget, TrainingStep
 from coloss.data import Batch, IndexedDataset
 from coloss.distillation import (
     DualHeadDistillation,
+    FeatureDistillation,
     LogitDistillation,
     TeacherLogits,
     tabulate_teacher_logits,
 )
+from coloss.errors import InputError
 from coloss.nn import MLP, Classifier
-from coloss.train.loop import NonFiniteLossError
+from coloss.train import Method, State, TeacherTable, cache_teacher
 
 METHODS = [DualHeadDistillation, LogitDistillation]
 STEPS = Budget(steps=6)
@@ -43,7 +48,7 @@ def test_only_centered_logits_hide_a_common_offset(center: bool) -> None:
 
 def test_a_table_is_no_state_and_no_buffer() -> None:
     teacher = TeacherLogits(table=torch.zeros(100, 4))
-    assert not teacher.state_dict() and not list(teacher.buffers())
+    assert teacher.state_dict() == {"_extra_state": {}} and not list(teacher.buffers())
 
 
 def test_stored_logits_are_those_of_each_id_and_the_teacher_keeps_its_mode() -> None:
@@ -76,11 +81,11 @@ def test_a_sample_without_teacher_logits_does_not_pass_unnoticed(kind: type) -> 
     data = (torch.randn(8, 6), torch.randint(4, (8,)))
     hole = torch.zeros(8, 4)
     hole[3] = torch.nan
-    with pytest.raises(NonFiniteLossError, match="logit_"):
+    with pytest.raises(InputError, match="teacher_logits must have a row of every sample, got none for id 3"):
         coloss.fit(new_student(), data, F.cross_entropy, [kind(teacher_logits=hole)], budget=STEPS)
-    with pytest.raises(ValueError, match="a row for every sample id, got 7 rows and id 7"):
+    with pytest.raises(ValueError, match="a row for every sample id, got 7 rows and ids from 0 to 7"):
         coloss.fit(new_student(), data, F.cross_entropy, [kind(teacher_logits=hole[:7])], budget=STEPS)
-    with pytest.raises(ValueError, match="looked up by sample id and the batch has none"):
+    with pytest.raises(ValueError, match="looked up by sample id, and the batch has none"):
         TrainingStep(new_student(), F.cross_entropy, [kind(teacher_logits=hole)])(*data)
 
 
@@ -100,3 +105,83 @@ def test_bad_input_is_named() -> None:
             TeacherLogits(**arguments)
     with pytest.raises(ValueError, match="teacher must give a tensor of logits, got tuple"):
         TeacherLogits(PairOfLogits())(Batch(torch.zeros(2, 3)))
+
+
+@pytest.mark.parametrize(
+    "kind", [*METHODS, lambda teacher: FeatureDistillation(teacher, loss="similarity", adapt=False)]
+)
+def test_a_student_that_is_refused_as_its_own_teacher_is_left_as_it_was(kind: Any) -> None:
+    student = new_student()
+    student.head.bias.requires_grad_(False)
+    student.backbone.eval()
+    before = [p.requires_grad for p in student.parameters()], [m.training for m in student.modules()]
+    with pytest.raises(InputError, match="teacher must not share parameters with the student"):
+        TrainingStep(student, F.cross_entropy, [kind(student)])
+    after = [p.requires_grad for p in student.parameters()], [m.training for m in student.modules()]
+    assert before == after
+
+
+class LogitsWithin(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = MLP(6, [8], 4)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.body(inputs)}
+
+
+def test_the_teachers_logits_may_come_from_within() -> None:
+    network = LogitsWithin()
+    dataset = IndexedDataset(torch.randn(8, 6), torch.randint(4, (8,)))
+    table = cache_teacher(network, dataset, taps=["body"])
+    method = LogitDistillation(network, teacher_logits_path="body")
+    expected = network.body(dataset.inputs)
+    torch.testing.assert_close(method.teacher(dataset.all()), expected)
+    torch.testing.assert_close(TeacherLogits(table=table, path="body")(dataset.all()), expected)
+    coloss.fit(new_student(), dataset, F.cross_entropy, [method], budget=Budget(steps=1))
+    assert not any(module._forward_hooks for module in network.modules())
+    torch.testing.assert_close(method.teacher(dataset.all()), expected)
+    with pytest.raises(InputError, match="teacher has no 'bodi': .* close ones: body"):
+        LogitDistillation(network, teacher_logits_path="bodi")
+    with pytest.raises(InputError, match="got dict: LogitDistillation takes teacher_logits_path"):
+        TeacherLogits(network)(dataset.all())
+
+
+def test_a_killed_run_is_not_resumed_with_the_table_of_another_teacher(tmp_path: Path) -> None:
+    class Kill(Method):
+        def on_step(self, state: State) -> None:
+            if state.step == 3:
+                raise KeyboardInterrupt
+
+    dataset = IndexedDataset(torch.randn(8, 6), torch.randint(4, (8,)))
+    first, second = (cache_teacher(MLP(6, [8], 4), dataset) for _ in range(2))
+
+    def train(table: TeacherTable, *others: Method, resume: bool) -> None:
+        coloss.fit(
+            new_student(),
+            dataset,
+            F.cross_entropy,
+            [LogitDistillation(teacher_logits=table), *others],
+            budget=STEPS,
+            batch_size=4,
+            checkpoint_dir=tmp_path,
+            checkpoint_every=2,
+            resume=resume,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        train(first, Kill(), resume=False)
+    with pytest.raises(InputError, match="the teacher outputs in memory do not apply: teacher .* wanted"):
+        train(second, Kill(), resume=True)
+    feature = FeatureDistillation(first, {"head": ""}, loss="similarity")
+    with pytest.raises(InputError, match="do not apply: teacher"):
+        FeatureDistillation(second, {"head": ""}, loss="similarity").load_state_dict(feature.state_dict())
+
+
+def test_stored_logits_go_to_where_the_students_are() -> None:
+    method, seen = LogitDistillation(teacher_logits=torch.zeros(2, 4)), []
+    method.loss = lambda student, teacher, targets: seen.append(teacher.device) or student.sum()
+    state = State(new_student(), outputs=torch.zeros(2, 4, device="meta"))
+    state.batch = Batch(None, ids=torch.arange(2))
+    method.terms(state)
+    assert seen == [torch.device("meta")]

@@ -87,6 +87,28 @@ def test_greedy_text_is_the_text_of_repeated_reading(model):
     torch.testing.assert_close(model(IDS, last_only=True), model(IDS)[:, -1:])
 
 
+@pytest.mark.parametrize("pieces", [[9], [4, 5], [8, 1], [1] * 9])
+def test_the_last_token_alone_is_the_last_of_all(model, pieces):
+    cache = KeyValueCache()
+    for part in IDS.split(pieces, 1):
+        found = model(part, cache=cache, last_only=True)
+    torch.testing.assert_close(found, model(IDS)[:, -1:])
+    valid = torch.arange(9)[None].expand(2, 9) >= torch.tensor([[3], [0]])
+    torch.testing.assert_close(model(IDS, valid, last_only=True), model(IDS, valid)[:, -1:])
+
+
+def test_the_last_token_alone_costs_less():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, ids = CausalLanguageModel(11, 16, 1, 4), torch.zeros(1, 64, dtype=torch.long)
+    counts = []
+    for last_only in (False, True):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(ids, last_only=last_only)
+        counts.append(counter.get_total_flops())
+    assert counts[1] < 0.5 * counts[0]
+
+
 def test_drawn_text_follows_its_generator_and_the_temperature(model):
     draws = [
         model.generate(IDS, 6, temperature=5.0, generator=torch.Generator().manual_seed(seed))
@@ -144,6 +166,8 @@ def test_bad_calls_are_refused(model):
         ValueError, match="an empty cache takes keys and values of 3 layers, got 9 tokens in the cache"
     ):
         model.fill(cache, layers)
+    with pytest.raises(ValueError, match=r"ids must have at least one token, got shape \(2, 0\)"):
+        model.generate(IDS[:, :0], 1)
     with pytest.raises(ValueError, match="max_tokens must be >= 1, got 0"):
         model.generate(IDS, 0)
     with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
@@ -151,3 +175,13 @@ def test_bad_calls_are_refused(model):
     if model.positions is not None:
         with pytest.raises(ValueError, match="ids must fit the context of 16 tokens, got position 16"):
             model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    model, cache = CausalLanguageModel(11, 8, 2, 2, context=8, positions="learned").eval(), KeyValueCache()
+    ids = torch.arange(8)[None]
+    model(ids[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="ids must fit the context of 8 tokens, got position 8"):
+        model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
+    assert len(cache) == cache.layers[0][0].shape[2] == 5
+    torch.testing.assert_close(model(ids[:, 5:], cache=cache), model(ids)[:, 5:])

@@ -131,3 +131,25 @@ def test_refuses_bad_decays_and_changed_modules():
     with pytest.raises(ValueError, match=r"got changes: \['1.bias', '1.weight'\]"):
         average.update()
     assert int(average.updates) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_reaches_what_it_follows(dtype):
+    """A step of 0.005 of the difference is less than half of what these types resolve."""
+    model = nn.Linear(1, 1).to(dtype)
+    fill(model, 1.0)
+    average = ModuleEMA(model, 0.995)
+    fill(model, 1.5)
+    for _ in range(1000):
+        average.update()
+    resumed = ModuleEMA(nn.Linear(1, 1).to(dtype), 0.995)
+    resumed.load_state_dict(average.state_dict())
+    resumed._followed = (model,)
+    for _ in range(1000):
+        resumed.update()
+    assert resumed.module.weight.dtype == dtype
+    assert resumed.module.weight.item() == pytest.approx(1.5, abs=1e-2)
+    # What someone writes to the copy is where it goes on from.
+    fill(resumed.module, 4.0)
+    resumed.update()
+    assert resumed.module.weight.item() == pytest.approx(4.0, abs=0.02)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from coloss.nn import Transformer, TransformerBlock
+from coloss.nn.transformer import SelfAttention
 
 NAMES = {
     "norm1": "attention_norm",
@@ -112,3 +113,15 @@ def test_attend_stands_in_for_the_attention():
     without = block(tokens, attend=lambda queries, keys, values: torch.zeros_like(queries))
     only_bias = tokens + block.attention.output.bias
     assert torch.allclose(without, only_bias + block.mlp(block.mlp_norm(only_bias)), atol=1e-12)
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["linear", "something in its place"])
+def test_queries_and_keys_and_values_alone_are_those_of_the_projection(replaced):
+    attention = SelfAttention(12, 6, key_value_heads=2).double()
+    tokens = torch.randn(3, 5, 12, dtype=torch.float64)
+    expected = attention.project(tokens)
+    if replaced:
+        attention.query_key_value = nn.Sequential(attention.query_key_value)
+    alone = (attention.queries(tokens), *attention.keys_and_values(tokens))
+    for one, other in zip(alone, expected, strict=True):
+        torch.testing.assert_close(one, other)

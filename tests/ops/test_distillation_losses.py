@@ -196,6 +196,28 @@ def test_dist_sees_no_affine_change_of_probabilities_and_survives_what_does_not_
     assert dist_loss(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
 
 
+@pytest.mark.parametrize(("classes", "batch"), [(10, 3), (10, 7), (3, 5), (77, 64), (1000, 32)])
+def test_rounding_is_no_correlation(classes, batch):
+    t = randn(batch, classes, dtype=torch.float32)
+    for z in (torch.zeros(batch, classes), torch.full((batch, classes), 0.3)):
+        value = dist_loss(z.requires_grad_(), t)
+        value.backward()
+        assert value == 2 and (z.grad == 0).all()
+    same = randn(1, classes, dtype=torch.float32).repeat(batch, 1).requires_grad_()
+    dist_loss(same, t, class_weight=0.0).backward()
+    assert (same.grad == 0).all()
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3])
+@pytest.mark.parametrize("classes", [3, 7, 100_000])
+def test_equal_logits_are_standardised_to_zeros_without_a_gradient(value, classes):
+    z = torch.full((1, classes), value, requires_grad=True)
+    got = standardized_logits(z)
+    (got * randn(1, classes, dtype=torch.float32)).sum().backward()
+    assert (got == 0).all() and (z.grad == 0).all()
+    assert standardized_logits(torch.tensor([[1.0, 1.0 + 1e-5]])).abs().sub(1).abs().max() < 1e-6
+
+
 @given(st.floats(0.1, 10), st.floats(-50, 50))
 @settings(max_examples=20)
 def test_standardised_logits_see_neither_scale_nor_shift(scale, shift):

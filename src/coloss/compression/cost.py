@@ -4,9 +4,9 @@ from math import prod
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from coloss.metrics import evaluation_mode
+from coloss.nn.operation_count import count_operations
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -57,6 +57,5 @@ def multiply_adds(model: nn.Module, inputs: Any) -> int:
         >>> multiply_adds(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.rand(1, 3, 10, 10))
         21600
     """
-    with evaluation_mode(model), FlopCounterMode(display=False) as counter:
-        model(inputs)
-    return counter.get_total_flops() // 2
+    with evaluation_mode(model):
+        return count_operations(lambda: model(inputs)) // 2

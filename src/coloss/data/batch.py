@@ -18,6 +18,7 @@ Names in use in `Batch.extras`; a name means the same thing to everyone:
 | `user` | integer (samples): whose history each row is | `coloss.data.load_interactions` | `coloss.retrieval.GateContrast` |
 | `ranked_items` | integer (samples, k): items that a recommender answered, best first | `coloss.retrieval.ExtractionAudit` | `coloss.retrieval.ListDistillation` |
 | `actions`, `next_view` | float (samples, views, numbers): what leads from each view of a sequence to the next one; the view to be predicted | `coloss.jepa.SeqJEPA`, or the user's loader (`actions`) | `coloss.jepa.SeqJEPA` |
+| `augmentation_seed`, `augmentation_version` | what a seeded augmentation drew from, and which version of each sample: its epoch | `coloss.train.SeededAugmentation` | `coloss.train.TeacherTable` |
 | `bag`, `bag_size` | integer (samples): the bag of each sample, and its size | `coloss.classification.bag_dataset` | `coloss.classification.AggregateSupervision` |
 """
 

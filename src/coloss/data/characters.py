@@ -1,12 +1,14 @@
 """Text as a stream of characters, for small language models."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from coloss.data.dataset import IndexedDataset
+from coloss.data.formats import read_text
 from coloss.data.raw import load_raw
 from coloss.errors import InputError
 
@@ -98,19 +100,44 @@ def character_windows(
     return IndexedDataset(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
 
+def spaced_windows(ids: Int[Tensor, " characters"], length: int, count: int) -> Int[Tensor, "windows length"]:
+    """Up to `count` stretches of a text, evenly spaced over all of it.
+
+    Raises:
+        InputError: for a text of fewer than `length` characters.
+
+    Examples:
+        >>> spaced_windows(torch.arange(7), 3, 2)
+        tensor([[0, 1, 2],
+                [4, 5, 6]])
+    """
+    if len(ids) < length:
+        raise InputError(f"ids must be at least length = {length} characters, got {len(ids)}")
+    starts = torch.linspace(0, len(ids) - length, min(count, len(ids) - length + 1)).long()
+    return ids[starts[:, None] + torch.arange(length)]
+
+
 def load_characters(
     name: str = "tiny-shakespeare", *, validation_share: float = 0.05, test_share: float = 0.05
 ) -> CharacterText:
-    """A bundled text as characters: 1,115,394 of 65 kinds in tiny Shakespeare.
+    """A text as characters: 1,115,394 of 65 kinds in tiny Shakespeare.
+
+    Args:
+        name: of a bundled running text, or path of a text file (`.txt`, `.txt.gz`) of one's own.
+        validation_share: of the text, just before its last stretch.
+        test_share: of the text, its last stretch.
 
     Raises:
-        InputError: if the data set is no text, or its file is not there.
+        InputError: if the data set is no text, its file is not there, or shares leave a stretch empty.
 
     Examples:
         >>> len(load_characters().characters)  # doctest: +SKIP
         65
     """
-    raw = load_raw(name)
+    if name.endswith((".txt", ".txt.gz")):
+        text = read_text(Path(name).expanduser())
+        return CharacterText.of(text, validation_share=validation_share, test_share=test_share)
+    raw = load_raw("tiny-shakespeare" if name == "tinyshakespeare" else name)
     if not isinstance(raw, dict) or set(raw) != {"text"}:
         raise InputError(f"name must be that of a running text, such as tiny-shakespeare, got {name!r}")
     return CharacterText.of(raw["text"], validation_share=validation_share, test_share=test_share)

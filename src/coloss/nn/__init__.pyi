@@ -11,6 +11,7 @@ from .ema import ModuleEMA as ModuleEMA
 from .frozen import Frozen as Frozen
 from .fusion import FusionClassifier as FusionClassifier
 from .given_linear import linear_layer as linear_layer
+from .local_blocks import LocalBlocks as LocalBlocks
 from .mask_token_predictor import MaskTokenPredictor as MaskTokenPredictor
 from .mlp import MLP as MLP
 from .positions import PositionTable as PositionTable
@@ -27,8 +28,13 @@ from .set_attention import InducedSetAttentionBlock as InducedSetAttentionBlock
 from .set_attention import MultiheadAttentionBlock as MultiheadAttentionBlock
 from .set_attention import MultiheadAttentionPooling as MultiheadAttentionPooling
 from .set_attention import SetAttentionBlock as SetAttentionBlock
+from .shape_adapters import Layout as Layout
+from .shape_adapters import ShapeAdapter as ShapeAdapter
+from .shape_adapters import channels_first as channels_first
+from .shape_adapters import feature_layout as feature_layout
 from .shaped_encoder import token_backbone as token_backbone
 from .shaped_encoder import token_encoder_for_shape as token_encoder_for_shape
+from .shared_teacher import SharedTeacher as SharedTeacher
 from .taps import Taps as Taps
 from .taps import find_classifier as find_classifier
 from .token_encoder import TokenEncoder as TokenEncoder

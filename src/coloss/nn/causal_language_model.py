@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from coloss.nn.rotary import rotary_angles, rotate
-from coloss.nn.transformer import Attend, Transformer
+from coloss.nn.transformer import Attend, Transformer, TransformerBlock
+from coloss.ops.precision import full_precision
 
 
 class KeyValues(NamedTuple):
@@ -137,13 +138,13 @@ class CausalLanguageModel(nn.Module):
             cache: what came before, which the tokens attend to as well, and to which they are added.
             given: keys and values of each layer for these tokens, which take the place of the layer's own: a token attends to the given
                 ones up to its own place. Not together with a cache.
-            last_only: logits of the last token alone, (batch, 1, vocabulary).
+            last_only: logits of the last token alone, (batch, 1, vocabulary); the last layer then computes keys and values of the others,
+                and nothing else of them.
 
         Raises:
             ValueError: for another number of layers in `given`, `given` with a cache, or too many tokens for learned positions.
         """
-        tokens = self.features(ids, valid, cache=cache, given=given)
-        return self.logits(tokens[:, -1:] if last_only else tokens)
+        return self.logits(self.features(ids, valid, cache=cache, given=given, last_only=last_only))
 
     def logits(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens vocabulary"]:
         """Next-token logits of the last layer's vectors."""
@@ -157,19 +158,26 @@ class CausalLanguageModel(nn.Module):
         *,
         cache: KeyValueCache | None = None,
         given: Sequence[KeyValues] | None = None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        last_only: bool = False,
+    ) -> Float[Tensor, "batch predicted dim"]:
         """Vectors after the last layer, before the final norm; arguments as for `forward`."""
         if given is not None and (cache is not None or len(given) != self.depth):
             what = "a cache beside them" if cache is not None else f"{len(given)} of them"
             raise ValueError(
                 f"given must hold keys and values for {self.depth} layers and no cache, got {what}"
             )
-        positions, allowed = self._places(ids, valid, cache)
+        positions, allowed, seen = self._places(ids, valid, cache)
         tokens = self._embed(ids, positions)
+        if cache is not None:
+            cache.valid = (
+                seen  # not before the positions are found to fit: a refused call leaves the cache alone
+            )
         for number, block in enumerate(self.transformer.blocks):
             attend = self._attention(
                 number, positions, allowed, cache, None if given is None else given[number]
             )
+            if last_only and number == self.depth - 1:
+                return _last_token(block, tokens, attend)  # type: ignore[arg-type]
             tokens = block(tokens, attend=attend)
         return tokens
 
@@ -190,12 +198,12 @@ class CausalLanguageModel(nn.Module):
         Returns:
             Keys and values of each layer, and those vectors or None.
         """
-        positions, allowed = self._places(ids, valid, None)
+        positions, allowed, _ = self._places(ids, valid, None)
         tokens = self._embed(ids, positions)
         found: list[KeyValues] = []
         for number, block in enumerate(self.transformer.blocks):
             if number == self.depth - 1 and not with_features:
-                _, keys, values = block.attention.project(block.attention_norm(tokens))  # type: ignore[union-attr, operator]
+                keys, values = block.attention.keys_and_values(block.attention_norm(tokens))  # type: ignore[union-attr, operator]
                 return [*found, KeyValues(keys, values)], None
             attend = self._attention(number, positions, allowed, None, None)
 
@@ -213,9 +221,13 @@ class CausalLanguageModel(nn.Module):
         positions: Int[Tensor, "#batch tokens"],
     ) -> Float[Tensor, "batch heads tokens dim"]:
         """Keys as attention uses them: normalised and turned by their positions."""
-        if self.key_norms is not None:
-            keys = self.key_norms[layer](keys)
-        return self._turn(keys, positions)
+        return self._turn(self.normalized_keys(layer, keys), positions)
+
+    def normalized_keys(
+        self, layer: int, keys: Float[Tensor, "batch heads tokens dim"]
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """Keys after the layer's norm of them, before they are turned; the keys themselves where there is no norm."""
+        return keys if self.key_norms is None else self.key_norms[layer](keys)
 
     def fill(
         self,
@@ -261,12 +273,14 @@ class CausalLanguageModel(nn.Module):
             generator: of the draws.
 
         Raises:
-            ValueError: for `max_tokens` < 1 or a temperature below 0.
+            ValueError: for an empty prompt, `max_tokens` < 1 or a temperature below 0.
 
         Examples:
             >>> CausalLanguageModel(10, dim=8, depth=1, heads=2).generate(torch.tensor([[1, 2]]), 3).shape
             torch.Size([1, 3])
         """
+        if ids.shape[1] < 1:
+            raise ValueError(f"ids must have at least one token, got shape {tuple(ids.shape)}")
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be >= 1, got {max_tokens}")
         if temperature < 0:
@@ -294,24 +308,25 @@ class CausalLanguageModel(nn.Module):
 
     def _places(
         self, ids: Tensor, valid: Tensor | None, cache: KeyValueCache | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Positions of the tokens, and what they may attend to; None where plain causal attention says it."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Positions of the tokens, what they may attend to (None where plain causal attention says it), and what is valid so far."""
         before = 0 if cache is None else len(cache)
         padded = valid is not None or (
             cache is not None and cache.valid is not None and not bool(cache.valid.all())
         )
         own = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         seen = own if cache is None or cache.valid is None else torch.cat([cache.valid, own], dim=1)
-        if cache is not None:
-            cache.valid = seen
-        positions = _positions(seen)[:, before:]
-        if not padded and (not before or ids.shape[1] == 1):
-            return positions, None
         total = seen.shape[1]
+        if padded:
+            positions = _positions(seen)[:, before:]
+        else:
+            positions = torch.arange(before, total, device=ids.device)[None]
+            if not before or ids.shape[1] == 1:
+                return positions, None, seen
         causal = torch.ones(ids.shape[1], total, dtype=torch.bool, device=ids.device).tril(before)
         # A token of padding attends to itself, or its softmax over nothing would be NaN.
         own_place = torch.eye(total, dtype=torch.bool, device=ids.device)[before:]
-        return positions, (causal & (seen[:, None] | own_place))[:, None]
+        return positions, (causal & (seen[:, None] | own_place))[:, None], seen
 
     def _attention(
         self,
@@ -324,7 +339,8 @@ class CausalLanguageModel(nn.Module):
         def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             if self.query_norms is not None:
                 queries = self.query_norms[layer](queries)
-            queries = self._turn(queries, positions)
+            count = queries.shape[2]
+            queries = self._turn(queries, positions[:, -count:])
             if given is not None:
                 keys, values = given
             keys = self.used_keys(layer, keys, positions)
@@ -341,9 +357,10 @@ class CausalLanguageModel(nn.Module):
                 queries,
                 keys,
                 values,
-                attn_mask=allowed,
+                attn_mask=None if allowed is None else allowed[:, :, -count:],
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=allowed is None and fresh,
+                # torch aligns its causal mask to the first key: it fits only where every key has its query.
+                is_causal=allowed is None and fresh and count == keys.shape[2],
                 enable_gqa=keys.shape[1] != queries.shape[1],
             )
 
@@ -353,6 +370,15 @@ class CausalLanguageModel(nn.Module):
         if self.positions is not None:
             return vectors
         return rotate(vectors, rotary_angles(positions[:, None], vectors.shape[-1] // 2))
+
+
+def _last_token(block: TransformerBlock, tokens: Tensor, attend: Attend) -> Tensor:
+    """What the last layer makes of the last token, (batch, 1, dim); of the others only keys and values are needed."""
+    normed = block.attention_norm(tokens)
+    mixed = attend(block.attention.queries(normed[:, -1:]), *block.attention.keys_and_values(normed))
+    attended = block.attention.output(mixed.transpose(1, 2).flatten(2))
+    last = tokens[:, -1:] + block.attention_dropout(attended)
+    return last + block.mlp(block.mlp_norm(last))
 
 
 def _positions(valid: Tensor) -> Tensor:
@@ -368,4 +394,4 @@ def next_token_loss(
         >>> next_token_loss(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))  # log 4
         tensor(1.3863)
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    return F.cross_entropy(full_precision(logits).flatten(0, 1), targets.flatten())

@@ -16,6 +16,9 @@ class ModuleEMA(nn.Module):
     takes no gradients. The followed module is not part of this one: its parameters appear neither here nor in
     `state_dict()`.
 
+    Averages of half-precision weights are kept in float32 beside the copy (in `state_dict()`, too), which holds them rounded: steps of
+    `1 - d` are too small for its own precision.
+
     Args:
         module: the module to follow; its present weights are the start.
         decay: `d` in [0, 1], or a function of the number of updates made so far (0 at the first).
@@ -65,6 +68,12 @@ class ModuleEMA(nn.Module):
         self.decay = decay
         self.buffer_mode = buffers
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.exact = nn.Module()
+        averaged = [*self.module.named_parameters()]
+        averaged += self.module.named_buffers() if buffers == "ema" else []  # type: ignore[arg-type]
+        for name, average in averaged:
+            if _is_half(average):
+                self.exact.register_buffer(_key(name), average.detach().float())
         # In a tuple, so that it is not registered as a submodule.
         self._followed = (module,)
 
@@ -75,16 +84,33 @@ class ModuleEMA(nn.Module):
         _check_decay(decay)
         followed = self._followed[0]
         averaged = _pairs(self.module.named_parameters(), followed.named_parameters())
-        for average, target in _pairs(self.module.named_buffers(), followed.named_buffers()):
+        for name, average, target in _pairs(self.module.named_buffers(), followed.named_buffers()):
             if self.buffer_mode == "ema" and average.is_floating_point():
-                averaged.append((average, target))
+                averaged.append((name, average, target))
             else:
                 average.copy_(target)
         # At 1 even infinite weights leave the average alone.
         if averaged and decay < 1:
-            averages, targets = zip(*averaged, strict=True)
-            torch._foreach_lerp_(averages, targets, 1 - decay)
+            exact = [self._exact(name, average) for name, average, _ in averaged]
+            targets = [target.to(mean) for mean, (_, _, target) in zip(exact, averaged, strict=True)]
+            torch._foreach_lerp_(exact, targets, 1 - decay)
+            for mean, (_, average, _) in zip(exact, averaged, strict=True):
+                if average is not mean:
+                    average.copy_(mean)
         self.updates += 1
+
+    def _exact(self, name: str, average: Tensor) -> Tensor:
+        """What is averaged: the copy's tensor, or in half precision the float32 one that it is the rounding of."""
+        if not _is_half(average):
+            return average
+        key = _key(name)
+        exact = self.exact._buffers.get(key)
+        if exact is None:
+            exact = average.float()
+        # Whoever wrote to the copy since means what stands there.
+        exact = torch.where(exact.to(average) == average, exact.float(), average.float())
+        self.exact.register_buffer(key, exact)
+        return exact
 
     def train(self, mode: bool = True) -> "ModuleEMA":
         """Leaves the averaged copy in evaluation mode, whatever `mode` says."""
@@ -97,13 +123,21 @@ class ModuleEMA(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def _pairs(averages: Any, targets: Any) -> list[tuple[Tensor, Tensor]]:
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # the name of a buffer holds no dot
+
+
+def _pairs(averages: Any, targets: Any) -> list[tuple[str, Tensor, Tensor]]:
     averages, targets = dict(averages), dict(targets)
     same = averages.keys() == targets.keys()
     if not same or any(averages[name].shape != targets[name].shape for name in averages):
         changed = sorted(averages.keys() ^ targets.keys()) or "another shape"
         raise ValueError(f"the followed module must keep its parameters and buffers, got changes: {changed}")
-    return [(averages[name], targets[name].to(averages[name])) for name in averages]
+    return [(name, averages[name], targets[name]) for name in averages]
 
 
 def _check_decay(decay: float) -> None:

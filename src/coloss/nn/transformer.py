@@ -61,6 +61,30 @@ class SelfAttention(nn.Module):
         queries, keys, values = projected.split([self.heads, shared, shared], dim=1)
         return queries, keys, values
 
+    def queries(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Queries alone, without the cost of keys and values."""
+        dim = self.output.in_features
+        return self._projected(tokens, slice(dim)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def keys_and_values(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> tuple[
+        Float[Tensor, "batch key_value_heads tokens head_dim"],
+        Float[Tensor, "batch key_value_heads tokens head_dim"],
+    ]:
+        """Keys and values alone, without the cost of queries."""
+        projected = self._projected(tokens, slice(self.output.in_features, None))
+        keys, values = projected.unflatten(2, (2 * self.key_value_heads, -1)).transpose(1, 2).chunk(2, dim=1)
+        return keys, values
+
+    def _projected(self, tokens: Tensor, rows: slice) -> Tensor:
+        layer = self.query_key_value
+        if type(layer) is not nn.Linear:  # something that took its place, whose weight may be of another form
+            return layer(tokens)[..., rows]
+        return F.linear(tokens, layer.weight[rows], layer.bias[rows])
+
     def forward(
         self,
         tokens: Float[Tensor, "batch tokens dim"],

@@ -16,6 +16,17 @@ from .divergence import js_divergence_loss as js_divergence_loss
 from .divergence import logit_gap_loss as logit_gap_loss
 from .divergence import soft_cross_entropy_loss as soft_cross_entropy_loss
 from .divergence import target_log_probability as target_log_probability
+from .feature_losses import attention_transfer_loss as attention_transfer_loss
+from .feature_losses import hint_loss as hint_loss
+from .feature_losses import rkd_angle_loss as rkd_angle_loss
+from .feature_losses import rkd_distance_loss as rkd_distance_loss
+from .feature_losses import similarity_preserving_loss as similarity_preserving_loss
+from .feature_losses import variational_information_loss as variational_information_loss
+from .generated_tokens import batch_label_entropy as batch_label_entropy
+from .generated_tokens import disagreement as disagreement
+from .generated_tokens import gumbel_noise as gumbel_noise
+from .generated_tokens import soft_embed as soft_embed
+from .generated_tokens import straight_through_tokens as straight_through_tokens
 from .gradients import first_order_only as first_order_only
 from .gradients import gradient_cosine as gradient_cosine
 from .gradients import project_conflicting as project_conflicting
@@ -78,3 +89,8 @@ from .token_masks import gather_tokens as gather_tokens
 from .token_masks import indices_to_mask as indices_to_mask
 from .token_masks import mask_to_padded_indices as mask_to_padded_indices
 from .transport import sinkhorn as sinkhorn
+from .turned_copies import joint_labels as joint_labels
+from .turned_copies import marginal_logits as marginal_logits
+from .turned_copies import quarter_turns as quarter_turns
+from .turned_copies import rotate4 as rotate4
+from .turned_copies import transform_copies as transform_copies

@@ -158,8 +158,8 @@ def dist_loss(
         sample_weight: $\gamma$, of the correlation over samples.
 
     Returns:
-        A scalar in $[0, 2 T^2 (\beta + \gamma)]$, at least float32. A row or column that does not vary counts as uncorrelated; an empty
-        batch costs 0.
+        A scalar in $[0, 2 T^2 (\beta + \gamma)]$, at least float32. A row or column that does not vary, up to rounding, counts as
+        uncorrelated and gets no gradient; an empty batch costs 0.
 
     Raises:
         ValueError: on unequal shapes or a temperature not above 0.
@@ -196,7 +196,7 @@ def standardized_logits(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor
         logits: classes in the last dimension.
 
     Returns:
-        The same shape, at least float32; zeros where all logits of a position are equal.
+        The same shape, at least float32; zeros, without a gradient, where all logits of a position are equal up to rounding.
 
     Raises:
         ValueError: if there is no class.
@@ -210,24 +210,29 @@ def standardized_logits(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor
                 [ 0.,  0.]])
     """
     check_logits(logits, logits)
-    values = full_precision(logits)
-    centred = values - values.mean(-1, keepdim=True)
-    size = centred.detach().abs().amax(-1, keepdim=True)
-    centred = centred / torch.where(size > 0, size, 1)
+    centred = _centred(full_precision(logits), -1)
     variance = centred.square().mean(-1, keepdim=True)
     return centred / torch.where(variance > 0, variance, 1).sqrt()
 
 
 def _correlations(first: Tensor, second: Tensor, dim: int) -> Tensor:
-    first = first - first.mean(dim, keepdim=True)
-    second = second - second.mean(dim, keepdim=True)
-    # Probabilities of many classes are small: squares of them leave the range before their ratio does.
-    scale = [part.detach().abs().amax(dim, keepdim=True) for part in (first, second)] if first.numel() else []
-    for size, part in zip(scale, (first, second)):
-        part /= torch.where(size > 0, size, 1)
+    first, second = _centred(first, dim), _centred(second, dim)
     product = (first * second).sum(dim)
     lengths = first.square().sum(dim) * second.square().sum(dim)
     return product / torch.where(lengths > 0, lengths, 1).sqrt()
+
+
+def _centred(values: Tensor, dim: int) -> Tensor:
+    """Values of mean 0 and largest size 1 along a dimension; zeros, without a gradient, where they differ by rounding alone."""
+    if not values.numel():
+        return values
+    centred = values - values.mean(dim, keepdim=True)
+    # Probabilities of many classes are small: squares of them leave the range before their ratio does.
+    size = centred.detach().abs().amax(dim, keepdim=True)
+    rounding = 4 * torch.finfo(values.dtype).eps * values.detach().abs().amax(dim, keepdim=True)
+    low, high = centred.detach().aminmax(dim=dim, keepdim=True)
+    flat = high - low <= rounding
+    return torch.where(flat, 0.0, centred / torch.where(flat, 1, size))
 
 
 def _losses(

@@ -1,16 +1,14 @@
 """Embeddings to learn from: of a frozen encoder, or computed once for a data set and looked up by sample id."""
 
-import math
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from coloss.data import Batch, IndexedDataset
 from coloss.errors import InputError
-from coloss.metrics import predict
 from coloss.nn import Frozen
+from coloss.train import TeacherTable, cache_teacher
 
-Targets = nn.Module | Tensor
+Targets = nn.Module | Tensor | TeacherTable
 
 
 def embedding_table(
@@ -27,7 +25,7 @@ def embedding_table(
         One row for each id from 0 to the largest, on the CPU; NaN where there is no such id.
 
     Raises:
-        InputError: if the encoder gives no matrix.
+        InputError: if the encoder gives no matrix, or a NaN.
 
     Examples:
         >>> import torch
@@ -35,28 +33,30 @@ def embedding_table(
         >>> embedding_table(nn.Identity(), dataset).flatten().tolist()
         [2.0, nan, 1.0]
     """
-    embeddings = predict(encoder, dataset, batch_size).outputs
-    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
-        found = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
-        raise InputError(f"an encoder must give embeddings (batch, dim), got {found}")
-    table = embeddings.new_full((int(dataset.ids.max()) + 1, embeddings.shape[1]), math.nan)
-    table[dataset.ids.cpu()] = embeddings
-    return table
+    try:
+        table = cache_teacher(encoder, dataset, batch_size=batch_size)
+    except InputError as error:
+        raise InputError(f"an encoder must give embeddings (batch, dim): {error}") from error
+    if len(table.shape()) != 1:
+        raise InputError(
+            f"an encoder must give embeddings (batch, dim), got (batch, {', '.join(map(str, table.shape()))})"
+        )
+    return table.dense()
 
 
 class EmbeddingTargets(nn.Module):
     """Embeddings to learn from, for any batch: of a network that stays as it is, or looked up by sample id.
 
     Args:
-        source: a network, frozen in place, that sees the inputs of the step; or a table from `embedding_table`, which is no part of
-            the state dict.
+        source: a network, frozen in place, that sees the inputs of the step; or a table from `embedding_table`, or from
+            `coloss.train.cache_teacher`, which also refuses inputs that the encoder did not see; no part of the state dict.
         name: what errors call it.
 
     Returns:
         From `forward(batch)`: (batch, dim), without a graph.
 
     Raises:
-        InputError: from `forward`, if the batch has no ids, or one without an embedding; or the network gives no matrix.
+        InputError: for a table of something else than vectors; from `forward`, if the batch has no ids, or one without an embedding; or the network gives no matrix.
 
     Examples:
         >>> import torch
@@ -68,14 +68,21 @@ class EmbeddingTargets(nn.Module):
 
     def __init__(self, source: Targets, name: str = "targets") -> None:
         super().__init__()
-        if isinstance(source, Tensor) and (source.ndim != 2 or not source.is_floating_point()):
-            raise InputError(
-                f"{name} must be a float (ids, dim) table, got {source.dtype} {tuple(source.shape)}"
-            )
+        if isinstance(source, Tensor):
+            if source.ndim != 2 or not source.is_floating_point():
+                raise InputError(
+                    f"{name} must be a float (ids, dim) table, got {source.dtype} {tuple(source.shape)}"
+                )
+            source = TeacherTable.of(source)
+        if isinstance(source, TeacherTable) and len(source.shape()) != 1:
+            stored = ", ".join(map(str, source.shape()))
+            raise InputError(f"{name} must be a table of embeddings (batch, dim), got (batch, {stored})")
         self.name = name
-        self.network = Frozen(source) if isinstance(source, nn.Module) else None
+        self.network: Frozen | None = None
+        if isinstance(source, nn.Module):
+            self.network = source if isinstance(source, Frozen) else Frozen(source)
         # Not a buffer: data-parallel training would send every buffer to every process at every step.
-        self.table = source.detach() if isinstance(source, Tensor) else None
+        self.table = source if isinstance(source, TeacherTable) else None
 
     @property
     def dim(self) -> int:
@@ -85,7 +92,7 @@ class EmbeddingTargets(nn.Module):
             InputError: for a network that does not say.
         """
         if self.table is not None:
-            return self.table.shape[1]
+            return self.table.shape()[0]
         width = getattr(self.network.module, "out_features", None) if self.network is not None else None
         if not isinstance(width, int):
             raise InputError(f"{self.name} must have an integer out_features, or be a table of embeddings")
@@ -98,16 +105,4 @@ class EmbeddingTargets(nn.Module):
                 raise InputError(f"{self.name} must give embeddings (batch, dim)")
             return embeddings
         assert self.table is not None
-        ids = batch.ids
-        if ids is None:
-            raise InputError(f"{self.name} are looked up by sample id, and the batch has none")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.table):
-            raise InputError(
-                f"{self.name} must have a row for every sample id, got {len(self.table)} rows and ids from "
-                f"{int(ids.min())} to {int(ids.max())}"
-            )
-        rows = self.table[ids.to(self.table.device)]
-        if bool(rows.isnan().any()):
-            missing = int(ids[rows.isnan().any(1).to(ids.device)][0])
-            raise InputError(f"{self.name} must have an embedding of every sample, got none for id {missing}")
-        return rows.to(ids.device)
+        return self.table.rows(batch, called=self.name, one="an embedding")

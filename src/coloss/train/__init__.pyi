@@ -1,3 +1,5 @@
+from .axis_map import Axis as Axis
+from .axis_map import AxisMap as AxisMap
 from .budget import Budget as Budget
 from .checkpoint import load_model as load_model
 from .checkpoint import save_model as save_model
@@ -15,14 +17,22 @@ from .outcome import Fit as Fit
 from .outcome import LogPoint as LogPoint
 from .outcome import NonFiniteLossError as NonFiniteLossError
 from .outcome import Target as Target
+from .provenance import Provenance as Provenance
+from .provenance import input_sketch as input_sketch
+from .provenance import teacher_fingerprint as teacher_fingerprint
 from .sample_table import SampleTable as SampleTable
+from .saved_activations import SavedActivations as SavedActivations
 from .schedules import Schedule as Schedule
 from .schedules import cosine as cosine
 from .schedules import gradual as gradual
 from .schedules import linear as linear
 from .schedules import step_decay as step_decay
 from .schedules import value_at as value_at
+from .seeded_augmentation import SeededAugmentation as SeededAugmentation
 from .state import State as State
+from .state_map import LazyTensors as LazyTensors
+from .state_map import StateMap as StateMap
+from .state_map import interpolate_states as interpolate_states
 from .step import Objective as Objective
 from .step import TrainingStep as TrainingStep
 from .system import Arm as Arm
@@ -30,4 +40,8 @@ from .system import Claim as Claim
 from .system import System as System
 from .task import Setting as Setting
 from .task import Task as Task
+from .teacher_cache import cache_teacher as cache_teacher
+from .teacher_table import TeacherTable as TeacherTable
+from .unrolling import FlatParameters as FlatParameters
+from .unrolling import unroll as unroll
 from .view_method import ViewMethod as ViewMethod

@@ -159,10 +159,15 @@ class State:
             self._taps = None
             self._tapped.clear()
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor] | None = None) -> list[Tensor | None]:
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor] | None = None, *, keep_graph: bool = True
+    ) -> list[Tensor | None]:
         """Gradients of one loss on `parameters` (default: all trainable), averaged over processes; None where it does not reach.
 
-        The graph is kept, so that several losses can be differentiated in turn.
+        Args:
+            loss: a scalar with a graph.
+            parameters: to differentiate by.
+            keep_graph: so that several losses can be differentiated in turn; False frees it, for the last of them.
 
         Raises:
             InputError: for parameters of the model, while micro-batches are joined for a batch statistic.
@@ -176,7 +181,7 @@ class State:
                     "the model's outputs: use accumulate=1"
                 )
         found: list[Tensor | None] = list(
-            torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+            torch.autograd.grad(loss, list(parameters), retain_graph=keep_graph, allow_unused=True)
         )
         if distributed.world_size() > 1:
             for gradient in found:

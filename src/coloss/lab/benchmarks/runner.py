@@ -25,6 +25,8 @@ BENCHMARKS = {
     "meta-nodes": "coloss.lab.benchmarks.meta_nodes.measure",
     "block-attention": "coloss.lab.benchmarks.block_attention.measure",
     "distillation": "coloss.lab.benchmarks.distillation.measure",
+    "kv-prediction": "coloss.lab.benchmarks.kv_prediction.measure",
+    "local-learning": "coloss.lab.benchmarks.local_learning.measure",
     "mutual-information": "coloss.lab.benchmarks.mutual_information.measure",
 }
 
