@@ -118,7 +118,10 @@ def test_fit_a_plain_loop_and_lightning_take_the_same_steps() -> None:
 
 def test_it_composes_with_a_method_that_takes_the_backward_pass() -> None:
     data = (torch.randn(16, 6), torch.randint(4, (16,)))
-    methods = [LogitDistillation(MLP(6, [8], 4), loss="dist"), DualHeadDistillation(MLP(6, [8], 4))]
+    methods = [
+        LogitDistillation(MLP(6, [8], 4), loss="dist"),
+        DualHeadDistillation(MLP(6, [8], 4), align_gradients=True),
+    ]
     student = new_student()
     names = list(student.state_dict())
     run = coloss.fit(student, data, F.cross_entropy, methods, budget=Budget(steps=2))
