@@ -25,9 +25,9 @@ and values make them cheap), and one step of the base. When not: memory is short
 token stays the base's; there speculative decoding helps); or the base is not well trained, for a frozen base bounds what its predicted
 cache can do and a small model that goes on learning does not stop there.
 
-Measured on tiny Shakespeare: four layers of width 64, the small model its layers 0 and 2, loss of the characters that follow a prompt. Both
-are trained for as much computation (a step with a predicted cache takes about three times as much as one of the small model alone, which
-therefore takes three times as many), and take as many operations to the first token; see the claim.
+Measured on tiny Shakespeare (four layers of width 64, the small model its layers 0 and 2, five seeds, nats per character of what follows a
+prompt, equal operations to the first token): level at equal computation in training, 1.889 with the predicted cache and 1.886 for the small
+model alone (difference -0.009 to +0.014), which then takes three times the steps; at as many steps it has 1.986. Base 1.858.
 
 The base never sees in training what it sees in use, its own keys for the last tokens beside predicted ones; `continuation_loss` measures use.
 Without padding the losses are means over samples, and data-parallel training takes the steps of one process with the joined batch; with
