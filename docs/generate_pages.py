@@ -134,6 +134,11 @@ def without_tags(text: str) -> str:
     return "\n".join(lines)
 
 
+def _mean(metric: dict[str, Any] | None) -> str:
+    """A mean for a table; nothing where an arm has none, or a seed had no such number (a target that was not reached)."""
+    return "" if metric is None or metric["mean"] is None else f"{metric['mean']:.4g}"
+
+
 def measured(entry: Entry) -> list[str]:
     """The evidence: claim, verdict, figure, every arm."""
     found = entry.evidence
@@ -159,9 +164,7 @@ def measured(entry: Entry) -> list[str]:
         "|---|" + "---|" * (len(metric_names(found)) + 1),
     ]
     for name, arm in found["arms"].items():
-        cells = [
-            f"{arm['metrics'][m]['mean']:.4g}" if m in arm["metrics"] else "" for m in metric_names(found)
-        ]
+        cells = [_mean(arm["metrics"].get(m)) for m in metric_names(found)]
         lines.append(f"| {name} | {' | '.join(cells)} | {arm['seconds']:.1f} |")
     lines.append("")
     if found.get("tried"):

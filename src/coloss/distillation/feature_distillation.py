@@ -14,16 +14,16 @@ gathered, and the step is that of one process with the joined batch.
 
 When it may help: student and teacher solve the same task in like ways, the student has room left to learn, and a weight is searched on
 validation data. When not: small data that the student learns well without a teacher. Measured on digits (600 training images, a
-convolutional student of widths 4, 6, 8, a teacher of widths 16, 32, 64 trained on the same images, 15 epochs, batches of 32; four learning
-rates searched for cross-entropy, four weights for each loss at the best of them, on two other seeds), test accuracy of 5 seeds, mean and
-standard deviation:
+convolutional student of widths 4, 6, 8, a teacher of widths 16, 32, 64 trained on the same images, 97.9%; 15 epochs of AdamW, batches of 32;
+five learning rates for cross-entropy, two rates and three weights for each loss, on validation data of two other seeds), test accuracy of 5
+seeds, mean and standard deviation:
 
-    cross-entropy 95.6 (0.6)    logits, kl 95.5 (0.3)    hint 95.4 (0.2)
-    attention     94.9 (1.0)    rkd        95.6 (1.2)    similarity 95.4 (0.6)
+    cross-entropy 95.6 (0.4)    logits, kl 96.2 (1.0)    hint        95.6 (0.4)    information 95.4 (0.7)
+    attention     96.3 (0.6)    rkd        95.7 (0.6)    similarity  95.8 (0.3)
 
-No difference is larger than the noise. Weights matter more than the choice of the loss: a weight of 100 cost 2 points with hint, 3 with rkd
-and 27 with attention on validation data, against the
-best weight. `information` was not measured. The best learning rate was the largest tried (0.04).
+No difference is larger than the noise (attention +0.6, 95% interval 0.0 to +1.3; kl +0.6, -0.9 to +2.0). Weights matter more than the choice
+of the loss: a weight of 100 cost 2 points with hint, 3 with rkd and 27 with attention on validation data, against the best. The best learning
+rate of cross-entropy was the largest tried (0.16).
 """
 
 import math
