@@ -256,3 +256,12 @@ def test_standardised_logits_at_the_edges():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("loss", [distillation_kl_loss, dist_loss])
+def test_logits_of_two_precisions_are_compared_in_the_finer_one(loss):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 5, generator=generator)
+    expected = loss(student.double(), teacher.double())
+    torch.testing.assert_close(loss(student.double(), teacher), expected)
+    torch.testing.assert_close(loss(student, teacher.double()), expected)

@@ -44,6 +44,7 @@ class ShapeAdapter(nn.Module):
     Source: Romero et al. 2015, arXiv 1412.6550, section 2.2 (a convolutional regressor on the student's features).
 
     Examples:
+        >>> import torch
         >>> maps_to_tokens = ShapeAdapter((1, 8, 6, 6), (1, 16, 32))
         >>> maps_to_tokens(torch.rand(5, 8, 6, 6)).shape
         torch.Size([5, 16, 32])
@@ -162,6 +163,7 @@ def channels_first(
         layout: see `feature_layout`.
 
     Examples:
+        >>> import torch
         >>> channels_first(torch.zeros(5, 16, 32)).shape
         torch.Size([5, 32, 16])
     """

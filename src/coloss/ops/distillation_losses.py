@@ -245,6 +245,10 @@ def _losses(
     **options: float,
 ) -> Tensor:
     """Losses of the positions that count, (rows,): by `rows`, a formula, or by `slopes`, which gives the student's gradient too."""
+    dtypes = full_precision(student[:0]).dtype, full_precision(teacher[:0]).dtype
+    if dtypes[0] != dtypes[1]:
+        both = torch.promote_types(*dtypes)
+        student, teacher = student.to(both), teacher.to(both)
     if valid is not None:
         flat = [part[valid] for part in (student, teacher, *others)]
     else:
