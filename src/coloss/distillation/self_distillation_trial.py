@@ -7,12 +7,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from coloss.data import IndexedDataset, Splits, load
 from coloss.data.dataset import Standardization
 from coloss.metrics import evaluate_classifier
 from coloss.nn import Classifier, ConvNet
+from coloss.nn.operation_count import count_operations
 from coloss.ops import rotate4
 from coloss.train.budget import Budget
 from coloss.train.method import Method
@@ -105,6 +105,4 @@ def _multiply_adds(setting: Setting, recipe: Recipe) -> float:
     batch = setting.splits.train.take(torch.arange(setting.task.batch_size))
     with torch.random.fork_rng():
         step = TrainingStep(setting.new_model(), recipe.objective, recipe.methods())
-        with FlopCounterMode(display=False) as counter:
-            step(batch)
-    return counter.get_total_flops() / 2
+        return count_operations(lambda: step(batch)) / 2
