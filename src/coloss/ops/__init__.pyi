@@ -1,3 +1,5 @@
+from .bit_packing import pack_codes as pack_codes
+from .bit_packing import unpack_codes as unpack_codes
 from .class_prototypes import prototypes as prototypes
 from .class_prototypes import prototypical_logits as prototypical_logits
 from .distillation_losses import dist_loss as dist_loss
@@ -78,6 +80,9 @@ from .slices import random_directions as random_directions
 from .slices import sliced_statistic as sliced_statistic
 from .soft_choice import log_soft_topk as log_soft_topk
 from .soft_choice import soft_topk as soft_topk
+from .sparsity import magnitude_masks as magnitude_masks
+from .sparsity import nm_mask as nm_mask
+from .sparsity import top_mask as top_mask
 from .spectral import TruncatedSVD as TruncatedSVD
 from .spectral import effective_rank as effective_rank
 from .spectral import gram_singular_values as gram_singular_values

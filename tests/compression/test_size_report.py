@@ -1,0 +1,62 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from coloss.compression import compression_report, decompose_model
+from coloss.errors import InputError
+from coloss.ops import nm_mask
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 64))
+
+
+def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+    before = _network()
+    model = copy.deepcopy(before)
+    model[3].weight.data.mul_(nm_mask(model[3].weight, 1, 4))
+    path = tmp_path / "model.coloss"
+    report = compression_report(model, torch.ones(2, 1, 4, 4), before=before, path=path)
+    assert report.bytes_after == path.stat().st_size
+    assert report.ratio == report.bytes_after / report.bytes_before < 0.5
+    assert report.density == pytest.approx((72 + 2048) / (72 + 8192))
+    row = next(row for row in report.rows if row.name == "3.weight")
+    assert (row.kind, row.density, row.bits) == ("n:m", 0.25, 8.5)
+    assert report.largest_difference == 0
+    # Products of the linear layer at a quarter, those of the convolution whole.
+    assert report.multiply_adds_after == 2 * (16 * 72 + 8192)
+    assert report.multiply_adds_nonzero == 2 * (16 * 72 + 2048)
+
+
+def test_the_metric_is_measured_on_what_the_file_gives_back() -> None:
+    before = _network()
+    model = copy.deepcopy(before)
+    model[3].weight.data.sign_()
+    kept = copy.deepcopy(model.state_dict())
+    report = compression_report(
+        model,
+        torch.ones(1, 1, 4, 4),
+        before=before,
+        evaluate=lambda m: float(m[3].weight.detach().abs().mean()),
+    )
+    assert report.metric_before == pytest.approx(float(before[3].weight.detach().abs().mean()))
+    assert report.metric_after == 1
+    assert all(torch.equal(kept[name], t) for name, t in model.state_dict().items())
+    assert "metric" in str(report) and report.as_dict()["ratio"] == report.ratio
+
+
+def test_thin_layers_cost_fewer_multiply_adds() -> None:
+    before = _network()
+    thin = copy.deepcopy(before)
+    decompose_model(thin, rank={"3": 4}, layers=["3"])
+    report = compression_report(thin, torch.ones(1, 1, 4, 4), before=before)
+    assert report.multiply_adds_after == 16 * 72 + 4 * (128 + 64) < report.multiply_adds_before
+
+
+def test_a_model_that_gives_no_tensor_is_refused() -> None:
+    with pytest.raises(InputError, match="model must give one tensor for inputs, got tuple"):
+        compression_report(nn.LSTM(2, 2), torch.ones(1, 2))
