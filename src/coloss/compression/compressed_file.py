@@ -203,5 +203,6 @@ def _checksum(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in sorted(tensors):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+            digest.update(content)
     return digest.hexdigest()
