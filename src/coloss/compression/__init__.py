@@ -9,6 +9,7 @@ from .compressed_file import compress_model as compress_model
 from .compressed_file import load_compressed as load_compressed
 from .cost import multiply_adds as multiply_adds
 from .cost import multiply_adds_per_position as multiply_adds_per_position
+from .layer_choice import choose_layers as choose_layers
 from .low_rank import DecomposedLayer as DecomposedLayer
 from .low_rank import decompose as decompose
 from .low_rank import decompose_model as decompose_model
@@ -41,6 +42,7 @@ __all__ = [
     "SparseWeight",
     "StoredWeight",
     "TrainedRankPruning",
+    "choose_layers",
     "compress_model",
     "compression_report",
     "decompose",
