@@ -7,6 +7,7 @@ from torch import nn
 
 from coloss.compression import compression_report, decompose_model
 from coloss.errors import InputError
+from coloss.nn import CausalLanguageModel
 from coloss.ops import nm_mask
 
 
@@ -60,3 +61,9 @@ def test_thin_layers_cost_fewer_multiply_adds() -> None:
 def test_a_model_that_gives_no_tensor_is_refused() -> None:
     with pytest.raises(InputError, match="model must give one tensor for inputs, got tuple"):
         compression_report(nn.LSTM(2, 2), torch.ones(1, 2))
+
+
+def test_attention_is_counted_the_same_way_with_and_without_zeros():
+    model = CausalLanguageModel(11, dim=8, depth=1, heads=2)
+    report = compression_report(model, torch.randint(11, (2, 5)))
+    assert report.multiply_adds_nonzero == report.multiply_adds_after == report.multiply_adds_before > 0

@@ -77,6 +77,7 @@ def trial(
         steps_per_second=25.0 - number,
         peak_memory_mb=40.0 + 3 * number,
         parameters=12_345 + 100 * number,
+        stored_bytes=50_000 - 10_000 * number,
     )
     return TrialRecord(
         arm=arm,

@@ -106,7 +106,8 @@ def test_a_single_look_at_vanished_gradients_still_draws(comparison):
 
 
 @pytest.mark.parametrize(
-    ("cost", "mean"), [("training", 12.3), ("preparation", 12.3), ("parameters", 12_345)]
+    ("cost", "mean"),
+    [("training", 12.3), ("preparation", 12.3), ("parameters", 12_345), ("stored", 50.0)],
 )
 def test_cost_has_seeds_and_means(comparison, cost, mean):
     record, trials, _, styles, quantity = comparison
@@ -115,6 +116,14 @@ def test_cost_has_seeds_and_means(comparison, cost, mean):
     assert len(small.x) == 3 and large.x == pytest.approx((mean,))
     assert large.y == pytest.approx((82,)) and large.marker.size > small.marker.size
     assert len([trace for trace in figure.data if trace.name == "lost"]) == 1
+
+
+def test_arms_without_a_stored_size_are_left_out_of_that_view(comparison):
+    record, trials, _, styles, quantity = comparison
+    for trial in trials:
+        trial.cost.stored_bytes = None if trial.arm == "dhkd" else 4_000
+    names = {trace.name for trace in checked(cost_figure(record, trials, styles, quantity, "stored")).data}
+    assert "dhkd" not in names and "plain" in names
 
 
 def test_markup_in_names_is_taken_literally():

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from coloss.compression.compressed_file import CompressedModel, compress_model
 from coloss.compression.cost import CONVOLUTIONS, multiply_adds
 from coloss.compression.stored_weights import LowRankWeight, StoredWeight
 from coloss.errors import InputError
 from coloss.metrics import evaluation_mode
+from coloss.nn.operation_count import operation_counter
 from coloss.train import save_model
 
 
@@ -204,7 +204,7 @@ def _latency(model: nn.Module, inputs: Any) -> float:
 
 def _multiply_adds_nonzero(model: nn.Module, inputs: Any) -> int:
     """Count every layer at the share of its weights that are not zero; what is not a layer's product counts whole."""
-    with evaluation_mode(model), FlopCounterMode(display=False) as counter:
+    with evaluation_mode(model), operation_counter() as counter:
         model(inputs)
     total = counter.get_total_flops()
     for name, module in model.named_modules():

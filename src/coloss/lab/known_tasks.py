@@ -32,7 +32,7 @@ NEXT_ITEM = "-next"
 
 def task_names() -> list[str]:
     """Names that `find_task` answers to: each supervised data set, `NAME-ssl` for classifications, `NAME-retrieval` for texts that can be
-    searched, `NAME` and `NAME-next` for interactions of users with items, `digits-halves`, `openmoji-pairs`, `openmoji-tokens`.
+    searched, `NAME` and `NAME-next` for interactions of users with items, running texts, `digits-halves`, `openmoji-pairs`, `openmoji-tokens`.
 
     Examples:
         >>> {"digits", "digits-ssl", "digits-halves", "openmoji-pairs", "diabetes"} <= set(task_names())
@@ -57,6 +57,8 @@ def tasks_of(dataset: str) -> list[str]:
     kind = DATASETS[dataset].kind
     if kind == "recommendation":
         return [dataset, dataset + NEXT_ITEM]
+    if kind == "language":
+        return [dataset]
     if kind not in SUPERVISED_KINDS:
         return []
     endings = [

@@ -58,6 +58,9 @@ class Cost(Record):
         default=None, description="peak resident memory above the start of training"
     )
     parameters: int = Field(description="parameters of the model as it ships")
+    stored_bytes: int | None = Field(
+        default=None, description="size of the shipped model's compressed file, see coloss.compression"
+    )
 
 
 class TrialRecord(Record):

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from coloss.data import (
+    DATASETS,
     Corruption,
     ImageTextSplits,
     IndexedDataset,
@@ -35,6 +36,7 @@ from coloss.lab.known_tasks import (
     is_file,
     task_names,
 )
+from coloss.lab.language_tasks import holds_text, language_task
 from coloss.lab.recommender_tasks import holds_choices, recommender_task
 from coloss.lab.retrieval_tasks import collection_loader, retrieval_task, searches
 from coloss.lab.token_tower_tasks import token_tower_task
@@ -66,7 +68,7 @@ def find_task(
 
     Args:
         name: a name of `task_names()`, a path to CSV, parquet or npz, a folder of images by class or of queries, documents and judgements
-            (`coloss.data.read_collection`), or `hf:...`.
+            (`coloss.data.read_collection`), a text file (`.txt`, `.txt.gz`), or `hf:...`.
         target: the column to predict, for tables.
         kind: where the guess by the target's values is wrong, for your own data; "self-supervised" trains an encoder without the labels of a
             classification and judges it by probes, as the tasks `NAME-ssl` do. A table of users, items and times is "ranking" or
@@ -124,6 +126,10 @@ def find_task(
                 f"{name} holds queries and documents: leave target, kind, label noise and imbalance out"
             )
         task = task_from_splits(name, collection_loader(name, stamp, text_features, limit))
+    elif holds_text(name):
+        if corruption is not None or target is not None or kind is not None:
+            raise InputError(f"{name} is a running text: leave target, kind, label noise and imbalance out")
+        task = language_task(name if name in DATASETS else str(Path(name).expanduser()), stamp, limit)
     elif name == HALVES:
         if target is not None or kind is not None:
             raise InputError(f"{HALVES} pairs halves of images and has no target: leave target and kind out")

@@ -4,6 +4,7 @@ Every trial runs on one thread and draws all randomness from its seed, so its nu
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -321,9 +322,29 @@ def train_arm(
             steps_per_second=run.steps_per_second if math.isfinite(run.steps_per_second) else 0.0,
             peak_memory_mb=run.peak_memory_mb if trial.is_trained else None,
             parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+            stored_bytes=_stored_bytes(run) if claim is None else None,
         ),
         time_to_target=run.time_to_target,
     )
+
+
+def _stored_bytes(run: Fit) -> int | None:
+    """Size of the file that the shipped model takes, every weight in its smallest exact form; None for a model that no such file holds."""
+    from coloss.compression import compress_model
+
+    # Methods whose weights have a form that cannot be read off them say so.
+    methods: Sequence[Any] = run.methods
+    given = {
+        name: stored
+        for method in methods
+        if hasattr(method, "stored_weights")
+        for name, stored in method.stored_weights(run.model).items()
+    }
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return compress_model(run.model, given).save(Path(folder) / "model.coloss").stat().st_size
+    except InputError:
+        return None
 
 
 def _evaluation_interval(setting: Setting) -> int | None:

@@ -25,10 +25,10 @@ from coloss.report.figure_parts import (
     text,
 )
 from coloss.report.palette import Style
-from coloss.report.quantities import Quantity, count, duration
+from coloss.report.quantities import Quantity, count, duration, kilobytes
 from coloss.report.ranking import Row
 
-Costs = Literal["training", "preparation", "parameters"]
+Costs = Literal["training", "preparation", "parameters", "stored"]
 
 SEED_OPACITY = 0.6
 AXIS_TITLES = {"seconds": "training seconds", "steps": "steps"}
@@ -194,7 +194,8 @@ def cost_figure(
         trials: the finished trials.
         styles: how arms are drawn.
         quantity: how the metric is written.
-        cost: "training" seconds, training with "preparation", or "parameters"; log scale over a factor of 20.
+        cost: "training" seconds, training with "preparation", "parameters", or bytes "stored" (a trial that has no such number is left out);
+            log scale over a factor of 20, for bytes over one of 4.
     """
     small: list[Figure] = []
     large: list[Figure] = []
@@ -205,7 +206,7 @@ def cost_figure(
             for trial in trials
             if trial.arm == arm.name
         ]
-        found = [point for point in points if math.isfinite(point[1])]
+        found = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
         if not found:
             continue
         spent += [point[0] for point in found]
@@ -221,9 +222,10 @@ def cost_figure(
         "training": "training seconds",
         "preparation": "seconds of preparation and training",
         "parameters": "parameters of the model as it ships",
+        "stored": "kilobytes of the compressed file of the model as it ships",
     }
     layout = base_layout(400, x=titles[cost])
-    if spent and min(spent) > 0 and max(spent) / min(spent) > 20:
+    if spent and min(spent) > 0 and max(spent) / min(spent) > (4 if cost == "stored" else 20):
         layout["xaxis"]["type"] = "log"
         layout["xaxis"]["title"]["text"] += ", log scale"
     return {"data": small + large, "layout": layout}
@@ -233,6 +235,8 @@ def trial_cost(trial: TrialRecord, cost: Costs) -> float:
     """Read from a trial what `cost_figure` draws along x."""
     if cost == "parameters":
         return float(trial.cost.parameters)
+    if cost == "stored":
+        return math.nan if trial.cost.stored_bytes is None else trial.cost.stored_bytes / 1000
     return trial.cost.seconds + (trial.cost.prepare_seconds if cost == "preparation" else 0.0)
 
 
@@ -343,6 +347,8 @@ def _padded(data: Sequence[Figure], *extra: float | None) -> list[float]:
 
 
 def _spent(amount: float, cost: Costs) -> str:
+    if cost == "stored":
+        return kilobytes(1000 * amount)
     return f"{count(amount)} parameters" if cost == "parameters" else duration(amount)
 
 

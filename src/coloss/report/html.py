@@ -85,6 +85,7 @@ def render_report(record: ComparisonRecord, trials: Sequence[TrialRecord]) -> st
         cosine=quantities.cosine,
         count=quantities.count,
         memory=quantities.memory,
+        kilobytes=quantities.kilobytes,
         budget_text=wording.budget_text,
         seeds=wording.seeds,
         isfinite=math.isfinite,

@@ -186,6 +186,9 @@ def _cost_chart(
         kinds.append("preparation")
     if len({trial.cost.parameters for trial in trials}) > 1:
         kinds.append("parameters")
+    sizes = [trial.cost.stored_bytes for trial in trials if trial.cost.stored_bytes]
+    if sizes and max(sizes) > 1.02 * min(sizes):
+        kinds.append("stored")
     views: dict[str, Figure] = {
         kind: figures.cost_figure(record, trials, styles, quantity, kind) for kind in kinds
     }

@@ -167,3 +167,15 @@ def memory(megabytes: float | None) -> str:
     if megabytes is None or not math.isfinite(megabytes):
         return MISSING
     return f"{megabytes:.1f} MB" if megabytes < 1000 else f"{megabytes / 1024:.1f} GB"
+
+
+def kilobytes(number: float | None) -> str:
+    """Write the size of a file.
+
+    Examples:
+        >>> kilobytes(61_234), kilobytes(2_500_000)
+        ('61.2 kB', '2,500 kB')
+    """
+    if number is None or not math.isfinite(number):
+        return MISSING
+    return f"{number / 1000:,.0f} kB" if number >= 1e6 else f"{number / 1000:.1f} kB"

@@ -36,6 +36,7 @@ class Row:
         steps_per_second: training speed.
         peak_memory_mb: peak memory above the start of training; None where it was not measured.
         parameters: of the model as it ships.
+        stored_bytes: size of its compressed file; None where it was not measured.
         time_to_target: mean training seconds to the target metric over the seeds that met it.
         reached: how many seeds met the target.
     """
@@ -57,6 +58,7 @@ class Row:
     steps_per_second: float | None
     peak_memory_mb: float | None
     parameters: float | None
+    stored_bytes: float | None
     time_to_target: float | None
     reached: int
 
@@ -157,6 +159,7 @@ def _row(
         steps_per_second=_mean(cost.steps_per_second for cost in costs),
         peak_memory_mb=_mean(cost.peak_memory_mb for cost in costs if cost.peak_memory_mb is not None),
         parameters=_mean(cost.parameters for cost in costs),
+        stored_bytes=_mean(cost.stored_bytes for cost in costs if cost.stored_bytes is not None),
         time_to_target=_mean(times),
         reached=len(times),
     )

@@ -25,7 +25,7 @@ class Task:
 
     Args:
         name: its name on the command line.
-        kind: "classification", "regression", "multilabel", "retrieval" or "self-supervised".
+        kind: "classification", "regression", "multilabel", "retrieval", "self-supervised" or another that systems name, such as "next-token".
         title: one line for people.
         load: seed -> splits with `train`, `validation` and `test`; the seed draws the split.
         model: splits -> a fresh model; called under the trial's seed.
