@@ -122,6 +122,7 @@ def test_queries_and_keys_and_values_alone_are_those_of_the_projection(replaced)
     expected = attention.project(tokens)
     if replaced:
         attention.query_key_value = nn.Sequential(attention.query_key_value)
+        attention.output = nn.Sequential(attention.output)
     alone = (attention.queries(tokens), *attention.keys_and_values(tokens))
     for one, other in zip(alone, expected, strict=True):
         torch.testing.assert_close(one, other)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +13,8 @@ def count_operations(work: Callable[[], Any]) -> int:
     """How many floating-point operations something takes, two for each multiplication of a matrix product or convolution.
 
     Attention counts as two plain products over all places, masked or not, whichever kernel would run it otherwise; torch's counter knows
-    nothing of the fused one of CPUs. Element-wise work is left out.
+    nothing of the fused one of CPUs, nor of the fused layers that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` run in eval mode.
+    Element-wise work is left out.
 
     Args:
         work: called once.
@@ -38,5 +40,10 @@ def operation_counter() -> Iterator[FlopCounterMode]:
         >>> counter.get_total_flops()
         60
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield counter
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

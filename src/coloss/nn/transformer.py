@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim {dim}, got {heads}")
-        self.heads, self.dropout = heads, dropout
+        self.dim, self.heads, self.dropout = dim, heads, dropout
         self.key_value_heads = heads if key_value_heads is None else key_value_heads
         if self.key_value_heads < 1 or heads % self.key_value_heads:
             raise ValueError(f"key_value_heads must divide heads {heads}, got {key_value_heads}")
@@ -65,8 +65,7 @@ class SelfAttention(nn.Module):
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Queries alone, without the cost of keys and values."""
-        dim = self.output.in_features
-        return self._projected(tokens, slice(dim)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return self._projected(tokens, slice(self.dim)).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def keys_and_values(
         self, tokens: Float[Tensor, "batch tokens dim"]
@@ -75,7 +74,7 @@ class SelfAttention(nn.Module):
         Float[Tensor, "batch key_value_heads tokens head_dim"],
     ]:
         """Keys and values alone, without the cost of queries."""
-        projected = self._projected(tokens, slice(self.output.in_features, None))
+        projected = self._projected(tokens, slice(self.dim, None))
         keys, values = projected.unflatten(2, (2 * self.key_value_heads, -1)).transpose(1, 2).chunk(2, dim=1)
         return keys, values
 
