@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from coloss.errors import InputError
 from coloss.lab import Comparison, find_task
 from coloss.lab.language_tasks import evaluate_next_token
 from coloss.train import Budget
@@ -43,8 +44,17 @@ def test_what_a_text_has_not_is_refused(text_file, tmp_path):
         find_task("tiny-shakespeare", label_noise=0.2)
     short = tmp_path / "short.txt"
     short.write_text("to be or not to be")
-    with pytest.raises(ValueError, match="must have more than 1280 characters, got"):
+    with pytest.raises(ValueError, match="must have more than 64 characters in each part.*got 16, 1, 1"):
         find_task(str(short)).load(0)
+    edge = tmp_path / "edge.txt"
+    edge.write_text("ab" * 645)
+    with pytest.raises(ValueError, match="in each part.*got 1162, 64, 64"):
+        find_task(str(edge)).load(0)
+    edge.write_text("ab" * 646)
+    assert len(find_task(str(edge)).load(0).test) == 1
+    for limit in (0, -1):
+        with pytest.raises(InputError, match=f"limit must be >= 1, got {limit}"):
+            find_task(str(text_file), limit=limit).load(0)
 
 
 def test_evaluation_weighs_every_token_alike_whatever_the_batches():

@@ -2,12 +2,16 @@
 
 import random
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from coloss import Arm, Budget, Comparison
+from coloss import Arm, Budget, Comparison, Method
+from coloss.compression import LowRankWeight
+from coloss.errors import InputError
 from coloss.lab.isolation import reproducible
 from coloss.lab.trials import attempt_arm, plan_budget, rehearse, train_arm
 from coloss.train.loop import NonFiniteLossError
@@ -66,8 +70,6 @@ def test_a_run_that_diverges_is_an_outcome_with_a_reason(task, diverging):
 
 
 def test_a_metric_without_a_finite_value_is_an_outcome_with_a_reason(task, tmp_path):
-    from dataclasses import replace
-
     blind = replace(task, test=lambda model, splits: {"accuracy": float("nan")})
     result = Comparison(blind, [Arm("plain")], seeds=1).run(tmp_path)
     assert result.failures == {("plain", 0): "plain, seed 0: accuracy is no finite number"}
@@ -78,6 +80,37 @@ def test_a_rehearsal_takes_one_step_in_smoke_mode(task):
     arm = Arm("plain", lambda setting: seen.append((setting.smoke, setting.budget.steps)) or [])
     rehearse(Comparison(task, [arm], seeds=[7]).record, task, arm)
     assert seen == [(True, 1)]
+
+
+class Factors(Method):
+    """Says that the first layer is of rank 1, and makes it so."""
+
+    def __init__(self, change: float = 0.0, unknown: bool = False) -> None:
+        super().__init__()
+        self.change, self.unknown = change, unknown
+
+    def finish(self, state):
+        weight = state.model[0].weight.data
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        self.left, self.right = left[:, :1] * values[:1], right[:1]
+        weight.copy_(self.left @ self.right + self.change)
+
+    def stored_weights(self, model):
+        if self.unknown:
+            raise InputError("stored_weights are there after the run: call fit first")
+        return {"0.weight": LowRankWeight(self.left, self.right, "channel", (64, 4))}
+
+
+def test_the_size_of_a_model_counts_forms_that_methods_give_where_they_fit(task):
+    task = replace(task, model=lambda splits: nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)))
+    record = Comparison(task, [Arm("plain")], seeds=1).record
+    sizes = [
+        train_arm(record, task, Arm("factors", lambda setting, method=method: [method]), 0).cost.stored_bytes
+        for method in (Factors(), Factors(change=1.0), Factors(unknown=True))
+    ]
+    assert None not in sizes
+    # 68 numbers instead of 256; where the form is refused, the file holds what there is.
+    assert sizes[0] < sizes[1] - 500 and abs(sizes[1] - sizes[2]) < 16
 
 
 def test_progress_is_reported_from_the_calling_thread(task):

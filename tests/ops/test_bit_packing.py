@@ -1,8 +1,11 @@
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coloss.ops import pack_codes, unpack_codes
 
@@ -32,6 +35,35 @@ def test_unpacking_gives_memory_of_its_own() -> None:
     packed = pack_codes(torch.tensor([1, 2]), 8)
     unpack_codes(packed, 8, 2)[0] = 9
     assert packed.tolist() == [1, 2]
+
+
+def test_packing_gives_memory_of_its_own() -> None:
+    codes = torch.tensor([1, 2], dtype=torch.uint8)
+    packed = pack_codes(codes, 8)
+    codes.zero_()
+    assert packed.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_wide_integers_are_made_of_a_piece_at_a_time_only(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("coloss.ops.bit_packing"), "_AT_ONCE", 64)
+
+    class Widest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.long:
+                self.nbytes = max(self.nbytes, found.nbytes)
+            return found
+
+    codes = torch.randint(2**bits, (1003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    with Widest() as widest:
+        packed = pack_codes(codes, bits)
+        again = unpack_codes(packed, bits, 1003)
+    assert widest.nbytes <= 8 * 64 and torch.equal(again, codes)
+    ones = (codes.numpy()[:, None] >> np.arange(bits)) & 1
+    assert packed.tolist() == np.packbits(ones.reshape(-1), bitorder="little").tolist()
 
 
 def test_bad_input_is_named() -> None:

@@ -68,7 +68,7 @@ def language_task(name: str, stamp: str = "", limit: int | None = None) -> Task:
         limit: windows of each part at most.
 
     Raises:
-        InputError: for a text too short for a window in each part.
+        InputError: when it loads a text too short for a window in each part, or with a limit below 1.
 
     Examples:
         >>> task = language_task("tiny-shakespeare")
@@ -134,13 +134,17 @@ def _first(windows: IndexedDataset, count: int) -> IndexedDataset:
 @lru_cache(maxsize=2)
 def _load(name: str, stamp: str, limit: int | None) -> TextSplits:
     """`stamp` makes a file that changed another entry of the cache."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be >= 1, got {limit}")
     text = load_characters(name)
+    whole = (text.train, text.validation, text.test)
+    if min(map(len, whole)) <= CONTEXT:
+        raise InputError(
+            f"{name} must have more than {CONTEXT} characters in each part, 90 % for training and 5 % each for validation and testing, "
+            f"got {', '.join(str(len(part)) for part in whole)}"
+        )
     parts = []
-    for part in (text.train, text.validation, text.test):
-        if len(part) <= CONTEXT:
-            raise InputError(
-                f"{name} must have more than {20 * CONTEXT} characters, got {len(text.train) + 2 * len(text.test)}"
-            )
+    for part in whole:
         windows = character_windows(part, CONTEXT)
         parts.append(windows if limit is None else _first(windows, limit))
     train, validation, test = parts

@@ -332,19 +332,21 @@ def _stored_bytes(run: Fit) -> int | None:
     """Size of the file that the shipped model takes, every weight in its smallest exact form; None for a model that no such file holds."""
     from coloss.compression import compress_model
 
-    # Methods whose weights have a form that cannot be read off them say so.
-    methods: Sequence[Any] = run.methods
-    given = {
-        name: stored
-        for method in methods
-        if hasattr(method, "stored_weights")
-        for name, stored in method.stored_weights(run.model).items()
-    }
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            return compress_model(run.model, given).save(Path(folder) / "model.coloss").stat().st_size
-    except InputError:
-        return None
+    # A later method may have changed a weight, so that the form another one gives is refused: then it is stored as it is.
+    for given in (_given_forms, lambda methods, model: None):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                stored = compress_model(run.model, given(run.methods, run.model))
+                return stored.save(Path(folder) / "model.coloss").stat().st_size
+        except InputError:
+            continue
+    return None
+
+
+def _given_forms(methods: Sequence[Any], model: nn.Module) -> dict[str, Any]:
+    """What methods say of weights whose form cannot be read off them."""
+    saying = (method for method in methods if hasattr(method, "stored_weights"))
+    return {name: stored for method in saying for name, stored in method.stored_weights(model).items()}
 
 
 def _evaluation_interval(setting: Setting) -> int | None:
