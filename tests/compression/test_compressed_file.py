@@ -68,6 +68,28 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
 
 
+def test_a_form_is_taken_under_any_name_of_a_tied_weight() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(32, 2), torch.randn(2, 16)
+    weight = left @ right
+    tied = {"x": weight, "y": weight}
+    factors = LowRankWeight(left, right, "channel", (32, 16))
+    compressed = compress_model(tied, {"y": factors})
+    assert dict(compressed.weights) == {"x": factors} and compressed.tied == {"y": "x"}
+    with pytest.raises(InputError, match="given weight y must restore to the model's weight"):
+        compress_model(tied, {"y": LowRankWeight(left + 1, right, "channel", (32, 16))})
+
+
+def test_a_table_for_each_row_takes_the_bytes_that_it_says(tmp_path: Path) -> None:
+    weight = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
+    compressed = compress_model({"weight": weight.sign() * weight.abs().mean(1, keepdim=True)})
+    assert compressed.weights["weight"].kind == "codebook"
+    size = compressed.save(tmp_path / "model.coloss").stat().st_size
+    assert compressed.nbytes < size < compressed.nbytes + 1024
+    read = load_compressed(tmp_path / "model.coloss").state_dict()
+    assert torch.equal(read["weight"], compressed.state_dict()["weight"])
+
+
 def test_a_file_of_the_first_version_keeps_loading(tmp_path: Path) -> None:
     path = tmp_path / "old.coloss"
     path.write_bytes(base64.b64decode(FIRST_VERSION))
@@ -110,7 +132,7 @@ def test_files_of_others_and_of_newer_versions_are_refused(
     path = compress_model(nn.Linear(2, 2)).save(tmp_path / "new.coloss")
     monkeypatch.undo()
     with pytest.raises(
-        InputError, match="has format version 99, this coloss reads up to 1: install a newer one"
+        InputError, match="has format version 99, this coloss reads up to 2: install a newer one"
     ):
         load_compressed(path)
     with pytest.raises(InputError, match="cannot read the compressed model .*missing"):
@@ -127,8 +149,10 @@ def test_the_header_is_plain_json(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_named() -> None:
     with pytest.raises(InputError, match="weights do not fit this model: .*size mismatch"):
         compress_model(nn.Linear(2, 2)).load_into(nn.Linear(3, 2))
-    with pytest.raises(InputError, match="notes must be plain JSON"):
+    with pytest.raises(InputError, match="^notes must be plain JSON"):
         compress_model(nn.Linear(2, 2), notes={"loss": float("nan")}).save("unwritten")
+    with pytest.raises(InputError, match="^values of the state dict must be plain JSON"):
+        compress_model({"weight": torch.ones(2), "state": float("nan")}).save("unwritten")
 
 
 def test_factors_are_taken_if_they_are_the_weight() -> None:

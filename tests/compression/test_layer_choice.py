@@ -2,6 +2,7 @@
 
 import pytest
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from coloss.compression import choose_layers
@@ -41,6 +42,20 @@ def test_frozen_and_parametrized_layers_are_left_out_of_the_rule():
     model[1].requires_grad_(False)
     weight_norm(model[2])
     assert list(choose_layers(model)) == ["3"]
+
+
+@pytest.mark.parametrize("end", [0, 3])
+def test_a_parametrized_end_is_an_end(end):
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(4)])
+    weight_norm(model[end])
+    assert list(choose_layers(model)) == ["1", "2"]
+
+
+def test_layers_with_a_pruning_mask_are_left_out_of_the_rule_but_may_be_named():
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(4)])
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    assert list(choose_layers(model)) == ["2"]
+    assert list(choose_layers(model, ["1"])) == ["1"]
 
 
 def test_bad_paths_are_named():

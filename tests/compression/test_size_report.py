@@ -1,14 +1,23 @@
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from coloss.compression import compression_report, decompose_model
+from coloss.compression import (
+    CompressedModel,
+    DenseWeight,
+    compression_report,
+    decompose_model,
+    load_compressed,
+    size_report,
+)
 from coloss.errors import InputError
 from coloss.nn import CausalLanguageModel
 from coloss.ops import nm_mask
+from coloss.train import save_model
 
 
 def _network() -> nn.Sequential:
@@ -56,6 +65,41 @@ def test_thin_layers_cost_fewer_multiply_adds() -> None:
     decompose_model(thin, rank={"3": 4}, layers=["3"])
     report = compression_report(thin, torch.ones(1, 1, 4, 4), before=before)
     assert report.multiply_adds_after == 16 * 72 + 4 * (128 + 64) < report.multiply_adds_before
+
+
+def test_the_file_and_not_what_was_written_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def altered(path: Path) -> CompressedModel:
+        read = load_compressed(path)
+        return replace(read, weights={**read.weights, "bias": DenseWeight(torch.ones(2), torch.float32)})
+
+    monkeypatch.setattr(size_report, "load_compressed", altered)
+    layer = nn.Linear(2, 2)
+    nn.init.zeros_(layer.bias)
+    assert compression_report(layer, torch.zeros(1, 2)).largest_difference == 1
+
+
+def test_tied_weights_count_once_before_and_after(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 500, bias=False))
+    untied = compression_report(model, torch.tensor([1]))
+    assert untied.bytes_before == save_model(model, tmp_path / "plain.safetensors").stat().st_size
+    model[1].weight = model[0].weight
+    report = compression_report(model, torch.tensor([1]))
+    assert 500 * 64 * 4 < report.bytes_before < 500 * 64 * 4 + 1024
+    assert report.ratio == pytest.approx(1, abs=0.01) and report.bits == 32
+
+
+def test_floats_of_eight_bits_are_reported() -> None:
+    layer = nn.Linear(4, 4)
+    layer.register_buffer("scale", torch.tensor([0.0, 1.0]).to(torch.float8_e4m3fn))
+    row = compression_report(layer, torch.ones(1, 4)).rows[-1]
+    assert (row.name, row.density, row.bits) == ("scale", 0.5, 8)
+
+
+def test_torch_attention_is_counted() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0)
+    report = compression_report(layer, torch.randn(1, 5, 16))
+    # Queries, keys, values and output; scores and mixture; two layers of the perceptron.
+    assert report.multiply_adds_after == 5 * 4 * 16 * 16 + 2 * 5 * 5 * 16 + 5 * 2 * 16 * 32
 
 
 def test_a_model_that_gives_no_tensor_is_refused() -> None:

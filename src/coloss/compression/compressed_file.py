@@ -21,7 +21,9 @@ from coloss.compression.stored_weights import StoredWeight, describe, from_descr
 from coloss.errors import InputError
 from coloss.train.checkpoint import split_state
 
-VERSION = 1
+VERSION = 2
+"""Since 2, a table for each of several equal slices of rows goes without their bounds."""
+
 _HEADER = "coloss_compressed"
 
 
@@ -58,7 +60,7 @@ class CompressedModel:
 
     def state_dict(self) -> dict[str, Any]:
         """The plain state dict, on the CPU; tied weights share one tensor."""
-        state: dict[str, Any] = {name: stored.restore() for name, stored in self.weights.items()}
+        state: dict[str, Any] = {name: stored.restore().cpu() for name, stored in self.weights.items()}
         return state | {name: state[other] for name, other in self.tied.items()} | dict(self.values)
 
     def load_into(self, model: nn.Module) -> nn.Module:
@@ -77,7 +79,7 @@ class CompressedModel:
         """Write the file, whole or not at all.
 
         Raises:
-            InputError: if it cannot be written, or the notes are not plain JSON.
+            InputError: if it cannot be written, or the notes or values are not plain JSON.
         """
         path = Path(path)
         tensors = {
@@ -85,19 +87,20 @@ class CompressedModel:
             for name, stored in self.weights.items()
             for part, tensor in stored.tensors().items()
         }
-        try:
-            header = json.dumps(
-                {
-                    "version": VERSION,
-                    "weights": {name: describe(stored) for name, stored in self.weights.items()},
-                    "tied": dict(self.tied),
-                    "values": dict(self.values),
-                    "notes": dict(self.notes),
-                },
-                allow_nan=False,
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"notes must be plain JSON: {error}") from error
+        for what, content in (("values of the state dict", self.values), ("notes", self.notes)):
+            try:
+                json.dumps(dict(content), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{what} must be plain JSON: {error}") from error
+        header = json.dumps(
+            {
+                "version": VERSION,
+                "weights": {name: describe(stored) for name, stored in self.weights.items()},
+                "tied": dict(self.tied),
+                "values": dict(self.values),
+                "notes": dict(self.notes),
+            }
+        )
         metadata = {_HEADER: header, "sha256": _checksum(header, tensors.items())}
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -119,7 +122,8 @@ def compress_model(
 
     Args:
         model: a network, or its state dict. Weights that are zero, few-valued or narrow are found by looking at them.
-        given: forms that cannot be read off the weights (low-rank factors, shared tables), by name in the state dict.
+        given: forms that cannot be read off the weights (low-rank factors, shared tables), by name in the state dict; any one of the names
+            of a tied weight.
         notes: plain JSON to travel along.
 
     Raises:
@@ -137,17 +141,35 @@ def compress_model(
     given = given or {}
     if unknown := sorted(set(given) - set(tensors)):
         raise InputError(f"given must name weights of the model, got {', '.join(unknown)}")
-    weights: dict[str, StoredWeight] = {}
-    tied: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-        if tensor.numel() and tensor.device.type != "meta" and place in seen:
-            tied[name] = seen[place]
-            continue
-        seen[place] = name
-        weights[name] = _checked(name, given[name], tensor) if name in given else store_exactly(tensor)
+    tied = tied_names(tensors)
+    forms = {name: _checked(name, stored, tensors[name]) for name, stored in given.items()}
+    for name, first in tied.items():
+        if name in forms:
+            forms.setdefault(first, forms[name])
+    weights = {
+        name: forms[name] if name in forms else store_exactly(tensor)
+        for name, tensor in tensors.items()
+        if name not in tied
+    }
     return CompressedModel(weights, tied, values, dict(notes or {}))
+
+
+def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which names stand for the very tensor that an earlier name stands for: name -> first name.
+
+    Examples:
+        >>> weight = torch.ones(2, 3)
+        >>> tied_names({"embedding": weight, "output": weight, "transposed": weight.T})
+        {'output': 'embedding'}
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.device.type != "meta":
+            place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+            if (other := first.setdefault(place, name)) != name:
+                tied[name] = other
+    return tied
 
 
 def load_compressed(path: str | Path) -> CompressedModel:
@@ -183,7 +205,7 @@ def load_compressed(path: str | Path) -> CompressedModel:
 
 
 def _checked(name: str, stored: StoredWeight, weight: Tensor) -> StoredWeight:
-    restored = stored.restore()
+    restored = stored.restore().cpu()
     if restored.shape != weight.shape or restored.dtype != weight.dtype:
         raise InputError(
             f"given weight {name} must restore to {weight.dtype} {tuple(weight.shape)}, "

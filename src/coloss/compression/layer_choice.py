@@ -21,7 +21,8 @@ def choose_layers(
 
     The ends are the first layer with weights in the order of the model (an embedding counts, so after one every linear layer is inside)
     and its last linear layer or convolution. Name the layers where that is wrong, such as in a language model whose embedding is also its
-    output layer. Frozen layers, layers that another library subclassed and layers with a parametrization are left out of the rule.
+    output layer. Frozen layers, layers that another library subclassed and layers whose weight is computed (a
+    parametrization, a pruning mask) may be ends, but are not chosen by the rule.
 
     Args:
         model: any network.
@@ -63,13 +64,13 @@ def choose_layers(
         if not wanted:
             raise InputError("layers must name at least one layer, got none")
         return {name: part for name, part in modules.items() if name in wanted}
-    weighted = [name for name, part in modules.items() if type(part) in (*_KINDS, nn.Embedding)]
-    outputs = [name for name in weighted if type(modules[name]) in _KINDS]
+    weighted = [name for name, part in modules.items() if isinstance(part, (*_KINDS, nn.Embedding))]
+    outputs = [name for name in weighted if isinstance(modules[name], _KINDS)]
     ends = {*weighted[:1], *outputs[-1:]} if spare_ends else set()
     chosen = {
         name: part
         for name, part in modules.items()
-        if type(part) in kinds and name not in ends and part.get_parameter("weight").requires_grad
+        if type(part) in kinds and name not in ends and _trains_its_weight(part)
     }
     if not chosen:
         raise InputError(
@@ -77,3 +78,9 @@ def choose_layers(
             "name layers with layers=[...]"
         )
     return chosen
+
+
+def _trains_its_weight(layer: nn.Module) -> bool:
+    """False also where the weight is no parameter but computed from others, as by `torch.nn.utils.prune`."""
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.requires_grad

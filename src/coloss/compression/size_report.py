@@ -1,5 +1,6 @@
 """What compression did to a model: bytes on disk, density, rank, bits, the metric before and after, multiply-adds, latency."""
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -7,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from coloss.compression.compressed_file import CompressedModel, compress_model
+from coloss.compression.compressed_file import compress_model, load_compressed, tied_names
 from coloss.compression.cost import CONVOLUTIONS, multiply_adds
 from coloss.compression.stored_weights import LowRankWeight, StoredWeight
 from coloss.errors import InputError
 from coloss.metrics import evaluation_mode
 from coloss.nn.operation_count import operation_counter
-from coloss.train import save_model
+from coloss.train.checkpoint import split_state
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class CompressionReport:
     """Size, cost and worth of a model before and after compression.
 
     Attributes:
-        bytes_before: size on disk of the plain weights (`coloss.save_model`) of the model before.
+        bytes_before: size on disk of the plain weights of the model before, tied ones once; as `coloss.save_model` writes it where none are tied.
         bytes_after: size on disk of the compressed file, header included.
         density: share of the weights that are not zero, over all matrices and kernels.
         bits: stored bits for each entry of the restored state dict.
@@ -132,10 +135,11 @@ def compression_report(
     """
     before = model if before is None else before
     with tempfile.TemporaryDirectory() as folder:
-        compressed = compress_model(model, given, notes)
-        file = compressed.save(Path(folder) / "model.coloss" if path is None else path)
+        file = Path(folder) / "model.coloss" if path is None else path
+        file = compress_model(model, given, notes).save(file)
+        compressed = load_compressed(file)
         bytes_after = file.stat().st_size
-        bytes_before = save_model(before, Path(folder) / "before.safetensors").stat().st_size
+        bytes_before = _plain_size(before, Path(folder) / "before.safetensors")
     kept = {name: t.clone() if isinstance(t, Tensor) else t for name, t in model.state_dict().items()}
     expected = _output(model, inputs)
     metric_before = None if evaluate is None else float(evaluate(before))
@@ -150,12 +154,13 @@ def compression_report(
         kept[name] for name in compressed.weights if isinstance(kept[name], Tensor) and kept[name].ndim > 1
     ]
     entries = sum(t.numel() for t in matrices)
+    count = sum(kept[name].numel() for name in compressed.weights)
     rows = tuple(_row(name, stored, kept[name]) for name, stored in compressed.weights.items())
     return CompressionReport(
         bytes_before=bytes_before,
         bytes_after=bytes_after,
-        density=sum(int(t.count_nonzero()) for t in matrices) / entries if entries else 1.0,
-        bits=_bits(compressed),
+        density=sum(_nonzero(t) for t in matrices) / entries if entries else 1.0,
+        bits=8 * compressed.nbytes / count if count else 0.0,
         metric_before=metric_before,
         metric_after=metric_after,
         largest_difference=float((restored - expected).abs().max()) if expected.numel() else 0.0,
@@ -174,16 +179,28 @@ def _row(name: str, stored: StoredWeight, weight: Tensor) -> WeightRow:
         name=name,
         kind=stored.kind,
         count=count,
-        density=int(weight.count_nonzero()) / count if count else 1.0,
+        density=_nonzero(weight) / count if count else 1.0,
         rank=stored.left.shape[-1] if isinstance(stored, LowRankWeight) else None,
         bits=8 * stored.nbytes / count if count else 0.0,
         nbytes=stored.nbytes,
     )
 
 
-def _bits(compressed: CompressedModel) -> float:
-    count = sum(stored.restore().numel() for stored in compressed.weights.values())
-    return 8 * compressed.nbytes / count if count else 0.0
+def _nonzero(weight: Tensor) -> int:
+    # Torch does not count in floats of eight bits.
+    eight = weight.is_floating_point() and weight.element_size() == 1
+    return int((weight.float() if eight else weight).count_nonzero())
+
+
+def _plain_size(model: nn.Module, path: Path) -> int:
+    tensors, values = split_state("", model.state_dict())
+    tied = tied_names(tensors)
+    plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items() if n not in tied}
+    try:
+        save_file(plain, path, metadata={"coloss": json.dumps(values)})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    return path.stat().st_size
 
 
 def _output(model: nn.Module, inputs: Any) -> Tensor:
