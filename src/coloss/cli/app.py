@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coloss.cli import catalog_commands, lab_commands
+from coloss.cli import catalog_commands, compress_commands, lab_commands
 from coloss.cli.typed import Stopped, remembered
 from coloss.errors import ColossError
 
@@ -47,6 +47,8 @@ app.command("run")(lab_commands.run)
 app.command("report")(lab_commands.report)
 app.command("select")(lab_commands.select)
 app.command("bench")(lab_commands.bench)
+app.command("compress")(compress_commands.compress)
+app.command("decompress")(compress_commands.decompress)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
