@@ -264,6 +264,19 @@ def test_learning_rate_schedule_and_clipping(data, new_model):
     )
 
 
+def test_groups_know_the_rate_that_the_schedule_starts_from(data, new_model):
+    """Under the name that torch's schedulers give it; the optimizer's default is that of no group here."""
+    rates = []
+
+    class Keep(Method):
+        def on_gradients(self, state):
+            rates.append([(group["initial_lr"], group["lr"]) for group in state.optimizer.param_groups])
+
+    fit(new_model(), data, F.cross_entropy, [Keep()], budget=Budget(steps=2), learning_rate_schedule=lambda p: 1 - p,
+        optimizer=lambda p: torch.optim.SGD([{"params": p[:1], "lr": 0.2}, {"params": p[1:], "lr": 0.1}]))  # fmt: skip
+    assert rates == [[(0.2, 0.2), (0.1, 0.1)], [(0.2, 0.1), (0.1, 0.05)]]
+
+
 def test_progress_is_reported(data, new_model):
     shares = []
     fit(

@@ -174,6 +174,9 @@ class _Run:
         self.raw_optimizer = given["optimizer"](state.trainable)
         self.optimizer = state.optimizer = self.fabric.setup_optimizers(self.raw_optimizer)
         self.base_rates = [group["lr"] for group in self.raw_optimizer.param_groups]
+        # Under the name that torch's schedulers give it, for methods that follow the schedule at a rate of their own.
+        for group in self.raw_optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         self.feed = Feed(given["data"], given["batch_size"], seed, self.fabric)
         self.convert = input_conversion(self.fabric, self.step)
         # Mixed precision guards what the wrapper returns against autograd.grad, which monitors and methods need: it gets views.
