@@ -314,6 +314,28 @@ def test_layers_whose_weight_is_computed_are_not_chosen():
         select_layers(model, layers="1")
 
 
+def test_a_block_stands_for_the_layers_in_it_that_the_scheme_takes():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Linear(4, 4))
+    )  # fmt: skip
+    assert list(select_layers(model, layers="1")) == ["1.2", "1.3"]
+    assert list(select_layers(model, "spatial", layers=["1", "0"])) == ["1.2", "0"]
+    assert list(select_layers(model, "decoupled", layers="")) == ["0", "1.2"]
+
+
+def test_layers_whose_weight_the_block_around_them_reads_are_refused():
+    """In evaluation mode torch's encoder layer reads `linear1.weight`, which a pair of layers does not have."""
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), nn.Linear(8, 2)
+    )
+    before = {name: type(part) for name, part in model.named_modules()}
+    for layers in (None, "1.linear2"):
+        with pytest.raises(InputError, match=r"layer '1.linear.' cannot be replaced.*decompose=False"):
+            decompose_model(model, rank=2, layers=layers)
+    assert {name: type(part) for name, part in model.named_modules()} == before
+    assert model.eval()(torch.rand(2, 3, 8)).shape == (2, 3, 2)
+
+
 def test_bad_layers_and_models_are_named():
     for model, scheme, message in (
         (

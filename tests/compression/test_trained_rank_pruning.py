@@ -423,6 +423,24 @@ def test_it_composes_with_methods_that_add_terms_and_take_the_backward_pass(data
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_it_composes_with_distillation(data):
+    """The student's forward pass sees projected weights, whatever else the loss asks of it."""
+    from coloss.distillation import LogitDistillation
+
+    method, watch = TrainedRankPruning(every=2, energy=0.6), Watch()
+    run = fit(
+        new_model(),
+        data,
+        F.cross_entropy,
+        [LogitDistillation(new_model()), method, watch],
+        budget=Budget(steps=4),
+        optimizer=SGD,
+    )
+    assert len(run.history[-1].terms) == 2
+    assert ranks_of(watch.weights)[2] == dict(method.rank_history)[2]["2"] < 8
+    assert isinstance(run.model[2], nn.Sequential)
+
+
 class Killed(RuntimeError):
     pass
 
@@ -615,6 +633,12 @@ def test_models_that_cannot_be_pruned_are_refused(data):
     frozen[2].requires_grad_(False)
     with pytest.raises(InputError, match="layers must be trainable to be kept low-rank, got frozen 2"):
         begin(frozen, layers="2")
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8))
+    with pytest.raises(InputError, match=r"layer '0.linear1' cannot be replaced.*decompose=False"):
+        begin(encoder, layers="0")
+    begin(encoder, layers="0", decompose=False)
+    with pytest.raises(InputError, match="layers must lie inside the model, got the model itself"):
+        begin(nn.Linear(4, 4), layers="")
     step = begin(frozen, energy=0.5)
     before = frozen[2].weight.clone()
     step(*data)

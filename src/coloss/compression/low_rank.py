@@ -37,6 +37,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import skip_init
 
 from coloss.compression.cost import CONVOLUTIONS, multiply_adds_per_position
+from coloss.compression.replaced_layers import check_called, replace_layers
 from coloss.data import Batch, IndexedDataset, Loader
 from coloss.errors import InputError, suggest_names
 from coloss.metrics import evaluation_mode
@@ -140,7 +141,8 @@ def decompose_model(
         One entry for each layer looked at, in the order of the model.
 
     Raises:
-        InputError: if there is no such layer, it cannot be factorised, or a rank is missing.
+        InputError: if there is no such layer, it cannot be factorised, or a rank is missing; for the model itself; for a layer whose
+            weight the module around it reads, as in `nn.TransformerEncoderLayer`.
         ValueError: unless exactly one criterion is given and in its range.
 
     Examples:
@@ -152,9 +154,9 @@ def decompose_model(
         torch.Size([2, 4, 4, 4])
     """
     report = []
-    for path, layer in select_layers(model, scheme, layers).items():
-        if path == "":
-            raise InputError("layers must lie inside the model, got the model itself: use decompose")
+    chosen = select_layers(model, scheme, layers)
+    check_decomposable(model, chosen)
+    for path, layer in chosen.items():
         matrix, _ = matricize(layer.weight.detach(), scheme)
         full_rank = min(matrix.shape[-2:])
         wanted = rank
@@ -180,9 +182,21 @@ def decompose_model(
             )
         )
         # A layer that sits at several paths (tied weights) stays one layer.
-        for place in [name for name, part in model.named_modules(remove_duplicate=False) if part is layer]:
-            model.set_submodule(place, after)
+        replace_layers(model, {layer: after})
     return report
+
+
+def check_decomposable(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse layers that a pair of layers cannot stand in for: the model itself, and those whose weight the module around them reads."""
+    paths = list(paths)
+    if "" in paths:
+        raise InputError("layers must lie inside the model, got the model itself: use decompose")
+    try:
+        check_called(model, paths)
+    except InputError as error:
+        raise InputError(
+            f"{error}, or keep them whole: TrainedRankPruning(decompose=False), and its stored_weights for compress_model"
+        ) from error
 
 
 def select_layers(
@@ -198,7 +212,8 @@ def select_layers(
     Args:
         model: any network.
         scheme: "spatial" takes `nn.Conv2d` only, "decoupled" convolutions, "channel" linear layers too.
-        layers: paths as in `model.named_modules()`, one or several; None applies the rule.
+        layers: paths as in `model.named_modules()`, one or several; a path to a block stands for all layers in it that the scheme
+            takes. None applies the rule.
 
     Returns:
         Path -> layer, in the order of the model, or as given.
@@ -234,6 +249,9 @@ def select_layers(
         if path not in modules:
             known = [name for name, part in modules.items() if type(part) in _KINDS]
             raise InputError(f"layers must be paths of the model, got {path!r}{suggest_names(path, known)}")
+        if inside := _inside(path, modules[path], scheme):
+            chosen |= inside
+            continue
         try:
             _check_layer(modules[path], scheme)
         except ValueError as error:
@@ -335,6 +353,22 @@ def _by_rule(model: nn.Module, scheme: Scheme) -> dict[str, Any]:
     if chosen or scheme != "channel":
         return chosen
     return dict([(path, part) for path, part in modules if type(part) is nn.Linear][1:-1])
+
+
+def _inside(path: str, block: nn.Module, scheme: Scheme) -> dict[str, Any]:
+    """The layers of a block that a scheme can factorise; none if it is a layer itself."""
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {
+        "channel": _KINDS,
+        "spatial": (nn.Conv2d,),
+        "decoupled": CONVOLUTIONS,
+    }
+    if type(block) in _KINDS or scheme not in kinds:
+        return {}
+    return {
+        ".".join(filter(None, (path, name))): part
+        for name, part in block.named_modules()
+        if type(part) in kinds[scheme] and getattr(part, "groups", 1) == 1
+    }
 
 
 def _cheaper(thin: nn.Module, layer: nn.Module) -> bool:

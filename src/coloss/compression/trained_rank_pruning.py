@@ -28,6 +28,10 @@ Below the rank at which training settles a cut is as harmful as to a plain netwo
 rank that this takes; raise `energy` there. The nuclear norm by itself changed nothing at its default weight; the
 projection does the work. Fewer multiply-adds are not always less time, see `coloss.compression.low_rank`.
 
+To go on afterwards: the factorised network is an ordinary one, `coloss.fit` without methods fine-tunes it (the paper's code does so for
+four epochs, if at all). To keep the original class, train with `decompose=False` and give `stored_weights` to `compress_model`: the file
+then holds the factors, and loads into a fresh network of the class.
+
 Distributed: every process projects the same averaged weights, so weights stay equal without communication, as long
 as all processes run the same device type and libraries. Sharded weights (FSDP) are refused. Checkpoints need nothing
 but the weights, and the log of ranks: what a projection step computes is used within that step. Half-precision
@@ -44,13 +48,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coloss.compression.cost import multiply_adds
-from coloss.compression.low_rank import decompose_model, refresh_batch_norm, select_layers
+from coloss.compression.low_rank import (
+    check_decomposable,
+    decompose_model,
+    refresh_batch_norm,
+    select_layers,
+)
 from coloss.compression.projection import (
     low_rank_matrix,
     low_rank_weight,
     nuclear_subgradient,
     tangent_component,
 )
+from coloss.compression.stored_factors import store_low_rank
+from coloss.compression.stored_weights import StoredWeight, store_exactly
 from coloss.data import load
 from coloss.errors import InputError
 from coloss.metrics import evaluate_classifier
@@ -100,7 +111,7 @@ class TrainedRankPruning(Method):
         energy: share of the squared singular values that a projection keeps, in (0, 1]; lower is thinner.
         every: steps between projections, >= 1; the first is at step 0.
         nuclear_weight: weight of the nuclear norm's sub-gradient on projection steps, >= 0.
-        layers: paths of the layers; default: convolutions with a kernel larger than 1 x 1 except the first, or, where
+        layers: paths of the layers, or of blocks of them; default: convolutions with a kernel larger than 1 x 1 except the first, or, where
             there are none, linear layers except the first and the last; frozen layers are left alone.
         project: False leaves only the nuclear norm.
         project_momentum: also take out of the optimizer's momentum what points away from the projected matrix'
@@ -115,7 +126,8 @@ class TrainedRankPruning(Method):
 
     Raises:
         InputError: for values out of range; `decompose=True` without a final projection, since weights of full rank have
-            nothing to gain; in `setup`, for layers that do not exist, cannot be factorised or are frozen.
+            nothing to gain; in `setup`, for layers that do not exist, cannot be factorised or are frozen; in `setup` with
+            `decompose=True`, for layers that no pair can replace, as `decompose_model`.
 
     Cost:
         One SVD for each layer every `every` steps, O(min(r, c)^2 max(r, c)) for an r x c matrix: milliseconds for
@@ -181,12 +193,42 @@ class TrainedRankPruning(Method):
         """Rank of each layer after the last projection (the highest of its filters, for "decoupled"); empty before."""
         return dict(self.rank_history[-1][1]) if self.rank_history else {}
 
+    def stored_weights(self, model: nn.Module) -> dict[str, StoredWeight]:
+        """The factors of layers that shipped whole (`decompose=False`), for the file of the network in its original class.
+
+        Args:
+            model: as `finish` left it.
+
+        Returns:
+            Name in the state dict -> factors, for `compress_model(model, given=...)`: float32 and float64 weights whose factors take
+            fewer bytes than any exact form. Empty where nothing was projected at the end.
+
+        Examples:
+            >>> TrainedRankPruning(decompose=False).stored_weights(nn.Linear(4, 4))
+            {}
+        """
+        if not (self.project and self.final_projection):
+            return {}
+        parts = dict(model.named_modules())
+        found: dict[str, StoredWeight] = {}
+        for path, rank in self.ranks().items():
+            weight: Any = getattr(parts.get(path), "weight", None)
+            # Layers that were factorised are dense pairs by now.
+            if weight is None or weight.dtype not in (torch.float32, torch.float64):
+                continue
+            stored = store_low_rank(weight, rank, self.scheme)
+            if stored.nbytes < store_exactly(weight).nbytes:
+                found[".".join(filter(None, (path, "weight")))] = stored
+        return found
+
     def setup(self, state: State) -> None:
         chosen = select_layers(state.model, self.scheme, self.layers)
         frozen = [path for path, layer in chosen.items() if not layer.weight.requires_grad]
         if frozen and (self.layers is not None or len(frozen) == len(chosen)):
             raise InputError(f"layers must be trainable to be kept low-rank, got frozen {', '.join(frozen)}")
         self._shapes = {path: layer.weight.shape for path, layer in chosen.items() if path not in frozen}
+        if self.decompose:
+            check_decomposable(state.model, self._shapes)
 
     def on_batch(self, state: State) -> None:
         # Once per optimizer step, however many batches it accumulates: a second projection would cut more.
@@ -271,10 +313,11 @@ SYSTEM = System(
         "coloss.compression.low_rank_weight",
         "coloss.compression.nuclear_norm_loss",
         "coloss.compression.refresh_batch_norm",
+        "coloss.compression.store_low_rank",
         "coloss.compression.multiply_adds",
     ),
     method="coloss.compression.TrainedRankPruning",
-    kinds=("classification", "regression", "multilabel", "retrieval", "self-supervised"),
+    kinds=("classification", "regression", "multilabel", "retrieval", "self-supervised", "next-token"),
 )
 
 RANK = 8
