@@ -114,13 +114,6 @@ def test_the_clock_counts_passes_in_evaluation_mode_and_leaves_the_mode(monkeypa
         first_token_milliseconds(model, prompt, repeats=0)
 
 
-def test_a_budget_is_shared_among_the_stages():
-    part = kv_prediction_recipe._part_of
-    assert part(Budget(steps=100), 0.6) == Budget(steps=60)
-    assert part(Budget(steps=1), 0.4) == Budget(steps=1)
-    assert part(Budget(seconds=10.0), 0.5) == Budget(seconds=5.0)
-
-
 def test_the_claim_runs_and_its_method_takes_no_more_operations():
     arms = verify("kv-prediction", smoke=True, seeds=1)["arms"]
     spent = {name: arm["metrics"]["first_token_mflop"]["mean"] for name, arm in arms.items()}

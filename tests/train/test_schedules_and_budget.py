@@ -53,6 +53,15 @@ def test_budget_refuses_the_rest(text):
         Budget.parse(text)
 
 
+def test_a_budget_is_shared_among_stages_and_none_is_left_without_a_step():
+    assert Budget(steps=100).part(0.6) == Budget(steps=60)
+    assert Budget(steps=1).part(0.4) == Budget(steps=1)
+    assert Budget(seconds=10.0).part(0.5) == Budget(seconds=5.0)
+    assert Budget(epochs=3).part(1) == Budget(epochs=3)
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
+        Budget(steps=10).part(0)
+
+
 @pytest.mark.parametrize("limits", [{}, {"steps": 1, "epochs": 1}])
 def test_budget_is_one_limit(limits):
     with pytest.raises(ValueError, match="exactly one of epochs, steps, seconds"):

@@ -120,7 +120,7 @@ def train_kv_prediction(
             model,
             windows,
             objective,
-            budget=_part_of(Budget(**run["budget"]), part),
+            budget=Budget(**run["budget"]).part(part),
             batch_size=32,
             optimizer=_OPTIMIZER,
             learning_rate_schedule=cosine(warmup=0.05),
@@ -199,12 +199,6 @@ def _assembled(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run["seed"] + 1)
         return KVPredictedLM(base, small)
-
-
-def _part_of(budget: Budget, share: float) -> Budget:
-    if budget.steps is not None:
-        return Budget(steps=max(round(budget.steps * share), 1))
-    return Budget(**{name: value * share for name, value in budget.as_dict().items()})  # type: ignore[arg-type]
 
 
 def _judge(model: KVPredictedLM, text: CharacterText) -> dict[str, float]:

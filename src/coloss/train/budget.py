@@ -38,6 +38,22 @@ class Budget:
         limits = {"epochs": self.epochs, "steps": self.steps, "seconds": self.seconds}
         return {name: value for name, value in limits.items() if value is not None}
 
+    def part(self, share: float) -> "Budget":
+        """Some share of it, for one of several stages; a step at least.
+
+        Raises:
+            ValueError: if the share is not in (0, 1].
+
+        Examples:
+            >>> Budget(steps=100).part(0.6), Budget(seconds=10).part(0.5).seconds
+            (Budget(epochs=None, steps=60, seconds=None), 5.0)
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {share}")
+        if self.steps is not None:
+            return Budget(steps=max(round(self.steps * share), 1))
+        return Budget(**{name: value * share for name, value in self.as_dict().items()})  # type: ignore[arg-type]
+
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """Read "60s", "2m", "300steps" or "20epochs".
