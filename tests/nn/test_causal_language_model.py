@@ -97,6 +97,56 @@ def test_the_last_token_alone_is_the_last_of_all(model, pieces):
     torch.testing.assert_close(model(IDS, valid, last_only=True), model(IDS, valid)[:, -1:])
 
 
+class OwnBlock(torch.nn.Module):
+    """Attention of tokens to those before them in their own block of three."""
+
+    def forward(self, queries, keys, values):
+        places = torch.arange(queries.shape[2])
+        mask = (places[:, None] >= places) & (places[:, None] // 3 == places // 3)
+        return torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, enable_gqa=keys.shape[1] != queries.shape[1]
+        )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_stands_in_for_causal_attention_does_so_for_the_last_token_alone(depth):
+    torch.manual_seed(0)
+    model = CausalLanguageModel(11, 16, depth, 4, causal_attention=OwnBlock()).double().eval()
+    plain = CausalLanguageModel(11, 16, depth, 4).double().eval()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(IDS, last_only=True), model(IDS)[:, -1:])
+    assert not torch.allclose(model(IDS), plain(IDS))
+    # As long as the text is read anew, its first written token is the likeliest after the whole text.
+    assert torch.equal(model.generate(IDS, 1)[:, 0], model(IDS)[:, -1].argmax(-1))
+    valid = torch.ones_like(IDS, dtype=torch.bool)
+    torch.testing.assert_close(model(IDS, valid, last_only=True), plain(IDS, valid)[:, -1:])
+
+
+def test_what_stands_in_for_causal_attention_reads_an_empty_cache_and_no_other():
+    torch.manual_seed(0)
+    model = CausalLanguageModel(11, 16, 2, 4, causal_attention=OwnBlock()).double().eval()
+    plain = CausalLanguageModel(11, 16, 2, 4).double().eval()
+    plain.load_state_dict(model.state_dict())
+    cache = KeyValueCache()
+    torch.testing.assert_close(model(IDS, cache=cache), model(IDS))
+    torch.testing.assert_close(model(IDS, torch.ones_like(IDS, dtype=torch.bool)), plain(IDS))
+    caches = [KeyValueCache(), KeyValueCache()]
+    for own in caches:
+        plain(IDS[:, :4], cache=own)
+    for part in IDS[:, 4:].split([4, 1], 1):
+        torch.testing.assert_close(model(part, cache=caches[0]), plain(part, cache=caches[1]))
+
+
+def test_dropout_does_not_reach_what_stands_in_for_causal_attention():
+    torch.manual_seed(0)
+    for attention, same in ((OwnBlock(), True), (None, False)):
+        model = CausalLanguageModel(11, 16, 2, 4, dropout=0.5, causal_attention=attention).train()
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0  # that of the weights of attention remains
+        assert torch.equal(model(IDS), model(IDS)) == same
+
+
 def test_the_last_token_alone_costs_less():
     from torch.utils.flop_counter import FlopCounterMode
 

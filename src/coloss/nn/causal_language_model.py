@@ -1,46 +1,23 @@
 """A small causal language model whose keys and values can be taken out, put in from outside, and kept in a cache."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from coloss.nn.harmonic_positions import Distance, harmonic_slopes, rotary_alibi_bias
+from coloss.nn.key_value_cache import KeyValueCache as KeyValueCache
+from coloss.nn.key_value_cache import KeyValues as KeyValues
 from coloss.nn.rotary import rotary_angles, rotate
 from coloss.nn.transformer import Attend, Transformer, TransformerBlock
 from coloss.ops.precision import full_precision
 
+Positions = Literal["rotary", "learned", "rotary-harmonic", "rotary-harmonic-log"]
 
-class KeyValues(NamedTuple):
-    """Keys and values of one layer, each (batch, key_value_heads, tokens, head_dim); keys neither normalised nor turned by positions."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class KeyValueCache:
-    """What the layers of a `CausalLanguageModel` attend to: keys as they are used (normalised, turned by their positions), and values.
-
-    Attributes:
-        layers: (keys, values) of each layer; empty before the first token.
-        valid: bool (batch, tokens), False for padding.
-
-    Examples:
-        >>> model = CausalLanguageModel(10, dim=8, depth=2, heads=2)
-        >>> cache = KeyValueCache()
-        >>> logits = model(torch.tensor([[1, 2, 3]]), cache=cache)
-        >>> len(cache), cache.layers[0][0].shape
-        (3, torch.Size([1, 2, 3, 4]))
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.valid: Tensor | None = None
-
-    def __len__(self) -> int:
-        return 0 if self.valid is None else self.valid.shape[1]
+_DISTANCES: dict[str, Distance] = {"rotary-harmonic": "linear", "rotary-harmonic-log": "harmonic"}
 
 
 class CausalLanguageModel(nn.Module):
@@ -53,17 +30,23 @@ class CausalLanguageModel(nn.Module):
         heads: attention heads; divides `dim`.
         context: longest sequence; with rotary positions only a note to users.
         key_value_heads: heads of keys and values, which divides `heads` (grouped queries); None: as many as `heads`.
-        positions: `"rotary"` turns queries and keys, `"learned"` adds a vector for each position to the tokens.
+        positions: `"rotary"` turns queries and keys, `"learned"` adds a vector for each position to the tokens; `"rotary-harmonic"` and
+            `"rotary-harmonic-log"` turn them too, and lower the logits with the distance to a key or its harmonic number, times 1 / h for
+            head h (`coloss.nn.rotary_alibi_bias`).
         normalize_keys: RMS norms for each head's queries and keys, before they are turned.
         tied: the output layer is the embedding's table.
         mlp_ratio: width of each block's two-layer network in multiples of `dim`.
         dropout: probability in [0, 1) inside the blocks.
+        causal_attention: stands in for plain causal attention of a whole text to itself, `(queries, keys, values) -> mixed`, such as
+            `SampledBlockAttention`: of a text read at once, also into an empty cache. With padding, or tokens before it in a cache,
+            attention stays what it is. `dropout` does not reach the weights of what stands in. Not with harmonic positions.
 
     Returns:
         From `forward(ids)`: logits (batch, tokens, vocabulary_size).
 
     Raises:
-        ValueError: for sizes that do not fit one another; from `forward`, for more tokens than learned positions.
+        ValueError: for sizes that do not fit one another; from `forward`, for more tokens than learned positions, or a `causal_attention`
+            that a model with harmonic positions was given later.
 
     Source: Radford et al. 2019 (GPT-2); Su et al. 2021, arXiv 2104.09864 (rotary positions); Ainslie et al. 2023, arXiv 2305.13245 (grouped
         queries).
@@ -85,18 +68,21 @@ class CausalLanguageModel(nn.Module):
         *,
         context: int = 256,
         key_value_heads: int | None = None,
-        positions: Literal["rotary", "learned"] = "rotary",
+        positions: Positions = "rotary",
         normalize_keys: bool = False,
         tied: bool = True,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
+        causal_attention: nn.Module | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("vocabulary_size", vocabulary_size), ("depth", depth), ("context", context)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        if positions not in ("rotary", "learned"):
-            raise ValueError(f'positions must be "rotary" or "learned", got {positions!r}')
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions must be one of {', '.join(get_args(Positions))}, got {positions!r}")
+        if causal_attention is not None and positions in _DISTANCES:
+            raise ValueError(f"causal_attention must be None with positions {positions!r}, got one")
         self.embedding = nn.Embedding(vocabulary_size, dim)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         self.positions = None
@@ -107,7 +93,7 @@ class CausalLanguageModel(nn.Module):
             dim, depth, heads, key_value_heads=key_value_heads, mlp_ratio=mlp_ratio, dropout=dropout
         )
         head_dim = dim // heads
-        if positions == "rotary" and head_dim % 2:
+        if positions != "learned" and head_dim % 2:
             raise ValueError(f"dim / heads must be even for rotary positions, got {dim} / {heads}")
         self.query_norms = self.key_norms = None
         if normalize_keys:
@@ -115,6 +101,11 @@ class CausalLanguageModel(nn.Module):
             self.key_norms = nn.ModuleList(nn.RMSNorm(head_dim) for _ in range(depth))
         self.output = None if tied else nn.Linear(dim, vocabulary_size, bias=False)
         self.context, self.dropout = context, dropout
+        self.causal_attention = causal_attention
+        self.distance: Distance | None = _DISTANCES.get(positions)
+        slopes = None if self.distance is None else harmonic_slopes(heads)
+        self.distance_slopes: Tensor | None
+        self.register_buffer("distance_slopes", slopes, persistent=False)
 
     @property
     def depth(self) -> int:
@@ -139,7 +130,7 @@ class CausalLanguageModel(nn.Module):
             given: keys and values of each layer for these tokens, which take the place of the layer's own: a token attends to the given
                 ones up to its own place. Not together with a cache.
             last_only: logits of the last token alone, (batch, 1, vocabulary); the last layer then computes keys and values of the others,
-                and nothing else of them.
+                and nothing else of them, unless `causal_attention` takes part, which needs all queries.
 
         Raises:
             ValueError: for another number of layers in `given`, `given` with a cache, or too many tokens for learned positions.
@@ -176,10 +167,15 @@ class CausalLanguageModel(nn.Module):
             attend = self._attention(
                 number, positions, allowed, cache, None if given is None else given[number]
             )
-            if last_only and number == self.depth - 1:
+            # What stands in for causal attention needs the queries of all tokens.
+            if (
+                last_only
+                and number == self.depth - 1
+                and (self.causal_attention is None or allowed is not None)
+            ):
                 return _last_token(block, tokens, attend)  # type: ignore[arg-type]
             tokens = block(tokens, attend=attend)
-        return tokens
+        return tokens[:, -1:] if last_only else tokens
 
     def key_values(
         self,
@@ -248,10 +244,8 @@ class CausalLanguageModel(nn.Module):
             valid = key_values[0].keys.new_ones(batch, tokens, dtype=torch.bool)
         positions = _positions(valid)
         cache.valid = valid
-        cache.layers = [
-            (self.used_keys(layer, keys, positions), values)
-            for layer, (keys, values) in enumerate(key_values)
-        ]
+        for layer, (keys, values) in enumerate(key_values):
+            cache.update(layer, self.used_keys(layer, keys, positions), values)
 
     @torch.no_grad()
     def generate(
@@ -309,7 +303,9 @@ class CausalLanguageModel(nn.Module):
     def _places(
         self, ids: Tensor, valid: Tensor | None, cache: KeyValueCache | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Positions of the tokens, what they may attend to (None where plain causal attention says it), and what is valid so far."""
+        """Positions of the tokens, what they may attend to or what is added to their logits (None: plain causal), and what is valid so far."""
+        if self.distance is not None and self.causal_attention is not None:
+            raise ValueError("causal_attention must be None with harmonic positions, got one")
         before = 0 if cache is None else len(cache)
         padded = valid is not None or (
             cache is not None and cache.valid is not None and not bool(cache.valid.all())
@@ -318,15 +314,21 @@ class CausalLanguageModel(nn.Module):
         seen = own if cache is None or cache.valid is None else torch.cat([cache.valid, own], dim=1)
         total = seen.shape[1]
         if padded:
-            positions = _positions(seen)[:, before:]
+            all_positions = _positions(seen)
         else:
-            positions = torch.arange(before, total, device=ids.device)[None]
-            if not before or ids.shape[1] == 1:
-                return positions, None, seen
+            all_positions = torch.arange(total, device=ids.device)[None]
+            if self.distance is None and (not before or ids.shape[1] == 1):
+                return all_positions[:, before:], None, seen
+        positions = all_positions[:, before:]
         causal = torch.ones(ids.shape[1], total, dtype=torch.bool, device=ids.device).tril(before)
         # A token of padding attends to itself, or its softmax over nothing would be NaN.
         own_place = torch.eye(total, dtype=torch.bool, device=ids.device)[before:]
-        return positions, (causal & (seen[:, None] | own_place))[:, None], seen
+        allowed = (causal & (seen[:, None] | own_place))[:, None]
+        if self.distance is not None and self.distance_slopes is not None:
+            allowed = rotary_alibi_bias(
+                positions, all_positions, self.distance_slopes, distance=self.distance, allowed=allowed
+            )
+        return positions, allowed, seen
 
     def _attention(
         self,
@@ -344,23 +346,22 @@ class CausalLanguageModel(nn.Module):
             if given is not None:
                 keys, values = given
             keys = self.used_keys(layer, keys, positions)
-            fresh = True
             if cache is not None:
-                fresh = layer == len(cache.layers)
-                if fresh:
-                    cache.layers.append((keys, values))
-                else:
-                    before = cache.layers[layer]
-                    keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
-                    cache.layers[layer] = keys, values
+                keys, values = cache.update(layer, keys, values)
+            # torch aligns its causal mask to the first key: it fits only where every key has its query.
+            causal = allowed is None and count == keys.shape[2]
+            if causal and self.causal_attention is not None:
+                return self.causal_attention(queries, keys, values)
+            mask = None if allowed is None else allowed[:, :, -count:]
+            if mask is not None and mask.is_floating_point():
+                mask = mask.to(queries.dtype)
             return F.scaled_dot_product_attention(
                 queries,
                 keys,
                 values,
-                attn_mask=None if allowed is None else allowed[:, :, -count:],
+                attn_mask=mask,
                 dropout_p=self.dropout if self.training else 0.0,
-                # torch aligns its causal mask to the first key: it fits only where every key has its query.
-                is_causal=allowed is None and fresh and count == keys.shape[2],
+                is_causal=causal,
                 enable_gqa=keys.shape[1] != queries.shape[1],
             )
 
