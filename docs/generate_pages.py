@@ -1,5 +1,6 @@
 """Makes the pages that follow from the code, at every build: one for each system, and the reference of each floor."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import coloss
 from coloss.cli.catalog_commands import commands
 from coloss.lab.catalog import FAMILIES, Entry, catalog
 from coloss.report.evidence_figure import difference_svg
+from coloss.report.size_figure import size_svg
 
 DOCS = Path(__file__).parent
 HEADINGS = {
@@ -35,6 +37,17 @@ def on_pre_build(config: Any) -> None:
     systems = {f"{entry.slug}.md": page(entry) for entry in catalog()}
     write_pages(DOCS / "systems", systems | {"index.md": index()})
     write_pages(DOCS / "reference", {f"{floor}.md": reference(floor) for floor in FLOORS})
+
+
+def on_page_markdown(markdown: str, **options: Any) -> str:
+    """Called by MkDocs for every page: `<!-- sizes: NAME -->` becomes the figure of the measurement in `measured/NAME.json`."""
+    return re.sub(r"<!-- sizes: ([a-z-]+) -->", lambda found: size_figure(found[1]), markdown)
+
+
+def size_figure(name: str) -> str:
+    """Models against the bytes they take, as a stored comparison found them."""
+    measured = json.loads((DOCS / "measured" / f"{name}.json").read_text())
+    return size_svg(measured["arms"], measured["metric"])
 
 
 def write_pages(folder: Path, pages: dict[str, str]) -> None:

@@ -35,6 +35,12 @@ from .interactions import last_items as last_items
 from .interactions import load_interactions as load_interactions
 from .judgements import Judgements as Judgements
 from .known_collections import known_collection as known_collection
+from .likelihood_subwords import LikelihoodSubwords as LikelihoodSubwords
+from .likelihood_subwords import count_words as count_words
+from .likelihood_subwords import likelihood_merges as likelihood_merges
+from .likelihood_subwords import merge_encode as merge_encode
+from .likelihood_subwords import merge_order as merge_order
+from .likelihood_subwords import viterbi_encode as viterbi_encode
 from .loader import Loader as Loader
 from .loader import epoch_generator as epoch_generator
 from .loading import load as load
@@ -52,6 +58,7 @@ from .samplers import EpisodeSampler as EpisodeSampler
 from .samplers import MPerClassSampler as MPerClassSampler
 from .samplers import Sampler as Sampler
 from .samplers import SingleTaskSampler as SingleTaskSampler
+from .segmentation import load_segmentation as load_segmentation
 from .spectrogram import log_mel_spectrogram as log_mel_spectrogram
 from .spectrogram import mel_filters as mel_filters
 from .stacking import View as View

@@ -11,6 +11,11 @@ from .ema import ModuleEMA as ModuleEMA
 from .frozen import Frozen as Frozen
 from .fusion import FusionClassifier as FusionClassifier
 from .given_linear import linear_layer as linear_layer
+from .harmonic_positions import alibi_slopes as alibi_slopes
+from .harmonic_positions import harmonic_numbers as harmonic_numbers
+from .harmonic_positions import harmonic_slopes as harmonic_slopes
+from .harmonic_positions import rotary_alibi_bias as rotary_alibi_bias
+from .harmonic_positions import rotary_alibi_score_mod as rotary_alibi_score_mod
 from .local_blocks import LocalBlocks as LocalBlocks
 from .mask_token_predictor import MaskTokenPredictor as MaskTokenPredictor
 from .mlp import MLP as MLP
@@ -20,6 +25,15 @@ from .projector import projection_head as projection_head
 from .resnet import ResNet as ResNet
 from .rotary import rotary_angles as rotary_angles
 from .rotary import rotate as rotate
+from .sampled_blocks import SampledBlockAttention as SampledBlockAttention
+from .sampled_blocks import geometric_law as geometric_law
+from .sampled_blocks import harmonic_law as harmonic_law
+from .sampled_blocks import sampled_block_attention as sampled_block_attention
+from .sampled_blocks import sampled_block_mask as sampled_block_mask
+from .sampled_blocks import sampled_distances as sampled_distances
+from .segmentation_head import LinearTokenHead as LinearTokenHead
+from .segmentation_head import SegmentationQueryHead as SegmentationQueryHead
+from .segmentation_head import TokenLogits as TokenLogits
 from .sequential_recommender import NextItemOutputs as NextItemOutputs
 from .sequential_recommender import SequentialRecommender as SequentialRecommender
 from .sequential_recommender import next_item_loss as next_item_loss

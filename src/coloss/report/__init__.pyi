@@ -5,4 +5,6 @@ from .quantities import Quantity as Quantity
 from .quantities import describe_metric as describe_metric
 from .ranking import Row as Row
 from .ranking import rank_arms as rank_arms
+from .size_figure import size_svg as size_svg
+from .size_figure import sizes_of as sizes_of
 from .wording import headline as headline

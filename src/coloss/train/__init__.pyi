@@ -8,6 +8,12 @@ from .combine import UncertaintyWeighting as UncertaintyWeighting
 from .combine import WeightedSum as WeightedSum
 from .conflict import Conflict as Conflict
 from .conflict import ConflictMonitor as ConflictMonitor
+from .cross_entropy_method import AxisLaw as AxisLaw
+from .cross_entropy_method import Choice as Choice
+from .cross_entropy_method import Number as Number
+from .cross_entropy_method import SearchResult as SearchResult
+from .cross_entropy_method import SearchTrial as SearchTrial
+from .cross_entropy_method import cross_entropy_search as cross_entropy_search
 from .feature_source import FeatureSource as FeatureSource
 from .feature_source import second_look as second_look
 from .lightning import MethodCallback as MethodCallback

@@ -25,9 +25,12 @@ BENCHMARKS = {
     "meta-nodes": "coloss.lab.benchmarks.meta_nodes.measure",
     "block-attention": "coloss.lab.benchmarks.block_attention.measure",
     "distillation": "coloss.lab.benchmarks.distillation.measure",
+    "generative": "coloss.lab.benchmarks.generative.measure",
     "kv-prediction": "coloss.lab.benchmarks.kv_prediction.measure",
     "local-learning": "coloss.lab.benchmarks.local_learning.measure",
     "mutual-information": "coloss.lab.benchmarks.mutual_information.measure",
+    "codec": "coloss.lab.benchmarks.codec.measure",
+    "token-exit": "coloss.lab.benchmarks.token_exit.measure",
 }
 
 
