@@ -25,6 +25,7 @@ EXAMPLE_TASKS = {
     "ranking": ("amazon-video-games", "binary-cross-entropy"),
     "next-item": ("amazon-video-games-next", "next-item"),
     "token-retrieval": ("openmoji-tokens", "info-nce"),
+    "next-token": ("tiny-shakespeare", "next-token"),
 }
 """A task of each kind, and its plain arm."""
 

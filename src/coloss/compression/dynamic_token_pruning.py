@@ -21,7 +21,7 @@ head and each model on validation data. Where depth pays little, a shallower net
 
 Measured on CamVid at 30 x 40 pixels (48 patches, six blocks of width 64, 250 + 80 steps, five seeds, test images; threshold 0.75): a quarter of
 the multiply-adds saved (share 0.73 to 0.77, heads included) at a mean IoU of 22.2 %, against 22.3 % of the same network trained on with all patches
-(differences of single seeds -0.6 to +0.5 points). But leaving out as many random patches of each image gives 22.3 % (difference -0.4 to +0.2,
+(differences of single seeds -0.6 to +0.5 points). But leaving out as many random patches of each image gives 22.4 % (difference -0.7 to +0.2,
 inconclusive), and a network of four blocks 22.4 % for a share of 0.67: with so little training depth pays nothing, and which patches stop does not
 show in mean IoU. What the rule does show: more patches with a boundary between classes go through all blocks than patches without (73 % against
 68 %; random: 71 % each), and over images boundaries and computation rise together (rank correlation 0.21 in the mean, -0.01 to 0.39). With no patch
