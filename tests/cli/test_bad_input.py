@@ -25,6 +25,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "few.csv").write_text("a,b,target\n1,2,yes\n2,3,no\n")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "odd.txt").write_text("hello")
+    (tmp_path / "odd.doc").write_text("hello")
     np.savez(tmp_path / "whole.npz", x=np.zeros((20, 3)), y=np.arange(20) % 2)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:200])
     np.savez(tmp_path / "strange.npz", u=np.zeros(3))
@@ -166,7 +167,7 @@ def folder(tmp_path: Path) -> Path:
             ["compare", "good.csv", "--methods", "trp", "--kind", "regression"],
             ["must hold numbers for a regression"],
         ),
-        (["compare", "odd.txt", "--methods", "trp"], ["odd.txt must be a folder of images, or end in"]),
+        (["compare", "odd.doc", "--methods", "trp"], ["odd.doc must be a folder of images, or end in"]),
         (["compare", "cut.parquet", "--methods", "trp"], ["cut.parquet cannot be read as parquet"]),
         (["compare", "cut.npz", "--methods", "trp"], ["cut.npz cannot be read as npz"]),
         (["compare", "strange.npz", "--methods", "trp"], ["strange.npz must hold x and y", "it holds u"]),

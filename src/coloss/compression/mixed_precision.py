@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from coloss.compression.layer_choice import choose_layers
@@ -207,6 +206,9 @@ def allocate_bits(
         ]
     )
     one_each = np.kron(np.eye(len(names)), np.ones(len(choices)))
+    # Here and not above: it takes most of a second, and few who import the family allocate bits.
+    from scipy.optimize import LinearConstraint
+
     limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(size.reshape(1, -1), 0, budget)]
     for earlier in exclude:
         if set(earlier) != set(names):
@@ -226,10 +228,12 @@ def allocate_bits(
     return {name: choices[place] for name, place in zip(names, best, strict=True)}
 
 
-def _solve(cost: np.ndarray, limits: Sequence[LinearConstraint]) -> np.ndarray | None:
+def _solve(cost: np.ndarray, limits: Sequence[Any]) -> np.ndarray | None:
     # The solver stops within 1e-6 of the optimum: costs of any size are scaled so that this is far below their differences.
     scaled = 1e6 * cost.reshape(-1) / max(float(np.abs(cost).max()), 1e-300)
     options = {"mip_rel_gap": 0.0}
+    from scipy.optimize import Bounds, milp
+
     found = milp(
         scaled, constraints=limits, integrality=np.ones(cost.size), bounds=Bounds(0, 1), options=options
     )
