@@ -104,7 +104,7 @@ def size_svg(arms: Mapping[str, Mapping[str, Sequence[float]]], metric: str) -> 
         parts.append(
             f'<text x="{across(size)}" y="{floor + 16}" text-anchor="middle" class="quiet">{size / 1000:g}</text>'
         )
-    axis = f"kilobytes of the compressed file (log scale); across: {quantity.axis}"
+    axis = f"kilobytes of the compressed file (log scale); upwards: {quantity.axis}"
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle" class="quiet">{html.escape(axis)}</text>'
     )
