@@ -201,7 +201,9 @@ def test_the_table_fits_the_terminal(width, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-c", "from coloss.cli.app import main; main()"]
+    # A test run in the background may have been started with Ctrl-C ignored, which children inherit.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listen}; from coloss.cli.app import main; main()"]
     arguments = [
         "compare",
         "wine",
