@@ -124,8 +124,8 @@ class DoubleRounding(Method):
     """Trains a network so that its integers can be switched between precisions, and leaves one file for all of them.
 
     Each batch takes one forward pass, one backward pass and one optimizer step for each precision: n times the work, so compare it with others
-    at equal time (`--budget 60s`), not at equal steps. The loss is the run's own at every precision, other methods' terms included. After training `artefact` holds the switchable network, and the model is a plain
-    one at `ship_bits`.
+    at equal time (`--budget 60s`), not at equal steps. The loss is the run's own at every precision, other methods' terms included. After
+    training `artefact` holds the switchable network, and the model is a plain one at `ship_bits`.
 
     Args:
         bits: precisions, from high to low; the highest is stored.
