@@ -20,6 +20,9 @@ IMAGE_TEXT = "openmoji-pairs"
 TOKEN_TOWERS = "openmoji-tokens"
 """Captions that find drawings, by two towers that keep their tokens."""
 
+MOTION_SETS = ("bandai", "hdm05", "msr-action3d", "sfinge-hands")
+"""Clips of skeletons with labels."""
+
 SELF_SUPERVISED = "-ssl"
 """Ending of the tasks that train an encoder without labels."""
 
@@ -32,7 +35,7 @@ NEXT_ITEM = "-next"
 
 def task_names() -> list[str]:
     """Names that `find_task` answers to: each supervised data set, `NAME-ssl` for classifications, `NAME-retrieval` for texts that can be
-    searched, `NAME` and `NAME-next` for interactions of users with items, running texts, `digits-halves`, `openmoji-pairs`, `openmoji-tokens`.
+    searched, `NAME` and `NAME-next` for interactions of users with items, `NAME` and `NAME-ssl` for clips of motion, running texts, `digits-halves`, `openmoji-pairs`, `openmoji-tokens`.
 
     Examples:
         >>> {"digits", "digits-ssl", "digits-halves", "openmoji-pairs", "diabetes"} <= set(task_names())
@@ -59,6 +62,8 @@ def tasks_of(dataset: str) -> list[str]:
         return [dataset, dataset + NEXT_ITEM]
     if kind == "language":
         return [dataset]
+    if kind == "motion":
+        return [dataset, dataset + SELF_SUPERVISED] if dataset in MOTION_SETS else []
     if kind not in SUPERVISED_KINDS:
         return []
     endings = [

@@ -37,6 +37,7 @@ from coloss.lab.known_tasks import (
     task_names,
 )
 from coloss.lab.language_tasks import holds_text, language_task
+from coloss.lab.motion_tasks import holds_clips, motion_task
 from coloss.lab.recommender_tasks import holds_choices, recommender_task
 from coloss.lab.retrieval_tasks import collection_loader, retrieval_task, searches
 from coloss.lab.token_tower_tasks import token_tower_task
@@ -130,6 +131,13 @@ def find_task(
         if corruption is not None or target is not None or kind is not None:
             raise InputError(f"{name} is a running text: leave target, kind, label noise and imbalance out")
         task = language_task(name if name in DATASETS else str(Path(name).expanduser()), stamp, limit)
+    elif holds_clips(name):
+        if corruption is not None or kind not in (None, "classification", "self-supervised"):
+            raise InputError(
+                f"{name} holds clips of motion: leave label noise, imbalance and other kinds out"
+            )
+        path = name if name in task_names() else str(Path(name).expanduser())
+        task = motion_task(path, stamp, target, limit, self_supervised=self_supervised)
     elif name == HALVES:
         if target is not None or kind is not None:
             raise InputError(f"{HALVES} pairs halves of images and has no target: leave target and kind out")

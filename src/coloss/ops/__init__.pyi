@@ -93,6 +93,10 @@ from .similarity import masked_logsumexp as masked_logsumexp
 from .similarity import relevance_from_ids as relevance_from_ids
 from .similarity import soft_contrastive_loss as soft_contrastive_loss
 from .similarity import supervised_contrastive_loss as supervised_contrastive_loss
+from .skeleton_graph import graph_partition as graph_partition
+from .skeleton_graph import hop_distance as hop_distance
+from .skeleton_graph import hop_masks as hop_masks
+from .skeleton_graph import normalize_adjacency as normalize_adjacency
 from .slices import epps_pulley as epps_pulley
 from .slices import random_directions as random_directions
 from .slices import sliced_statistic as sliced_statistic
