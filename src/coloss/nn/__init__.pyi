@@ -1,5 +1,7 @@
 from .attentive_pool import AttentivePool as AttentivePool
 from .batch_norm import SyncBatchNorm1d as SyncBatchNorm1d
+from .beam_decoding import Beams as Beams
+from .beam_decoding import beam_search as beam_search
 from .causal_language_model import CausalLanguageModel as CausalLanguageModel
 from .causal_language_model import KeyValueCache as KeyValueCache
 from .causal_language_model import KeyValues as KeyValues
@@ -8,9 +10,16 @@ from .classifier import Classifier as Classifier
 from .classifier import DualEncoder as DualEncoder
 from .convnet import ConvNet as ConvNet
 from .ema import ModuleEMA as ModuleEMA
+from .feature_queue import FeatureQueue as FeatureQueue
 from .frozen import Frozen as Frozen
+from .frozen_task_loss import FrozenTaskLoss as FrozenTaskLoss
+from .frozen_task_loss import ImagePreprocess as ImagePreprocess
+from .frozen_task_loss import crop_boxes as crop_boxes
 from .fusion import FusionClassifier as FusionClassifier
 from .given_linear import linear_layer as linear_layer
+from .graph_convolution import GraphConv as GraphConv
+from .graph_convolution import MultiScaleTemporalConv as MultiScaleTemporalConv
+from .graph_convolution import RelationGraphConv as RelationGraphConv
 from .harmonic_positions import alibi_slopes as alibi_slopes
 from .harmonic_positions import harmonic_numbers as harmonic_numbers
 from .harmonic_positions import harmonic_slopes as harmonic_slopes
@@ -49,6 +58,9 @@ from .shape_adapters import feature_layout as feature_layout
 from .shaped_encoder import token_backbone as token_backbone
 from .shaped_encoder import token_encoder_for_shape as token_encoder_for_shape
 from .shared_teacher import SharedTeacher as SharedTeacher
+from .skeleton_encoder import SkeletonBlock as SkeletonBlock
+from .skeleton_encoder import SkeletonEncoder as SkeletonEncoder
+from .skeleton_encoder import masked_pool as masked_pool
 from .taps import Taps as Taps
 from .taps import find_classifier as find_classifier
 from .token_encoder import TokenEncoder as TokenEncoder
@@ -61,3 +73,6 @@ from .train_only_heads import Outputs as Outputs
 from .train_only_heads import TrainOnlyHeads as TrainOnlyHeads
 from .transformer import Transformer as Transformer
 from .transformer import TransformerBlock as TransformerBlock
+from .vector_quantizer import Quantized as Quantized
+from .vector_quantizer import ResidualVectorQuantizer as ResidualVectorQuantizer
+from .vector_quantizer import VectorQuantizerEMA as VectorQuantizerEMA

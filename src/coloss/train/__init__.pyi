@@ -16,6 +16,9 @@ from .cross_entropy_method import SearchTrial as SearchTrial
 from .cross_entropy_method import cross_entropy_search as cross_entropy_search
 from .feature_source import FeatureSource as FeatureSource
 from .feature_source import second_look as second_look
+from .frozen_task_terms import FrozenTaskTerms as FrozenTaskTerms
+from .frozen_task_terms import gradient_norms as gradient_norms
+from .frozen_task_terms import matched_weights as matched_weights
 from .lightning import MethodCallback as MethodCallback
 from .loop import fit as fit
 from .method import Method as Method
