@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves; a second `make setup` is instant.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := dev,docs,lightning,loggers,hf,ray,scattering,search,codec
+EXTRAS := dev,docs,lightning,loggers,hf,ray,scattering,search,codec,federated
 # The pin makes machines without a GPU install the CPU build of PyTorch; the package itself declares a range.
 TORCH ?= torch==2.13.0
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coloss.cli import catalog_commands, compress_commands, lab_commands
+from coloss.cli import catalog_commands, compress_commands, exercise_commands, lab_commands, motion_commands
 from coloss.cli.typed import Stopped, remembered
 from coloss.errors import ColossError
 
@@ -49,6 +49,10 @@ app.command("select")(lab_commands.select)
 app.command("bench")(lab_commands.bench)
 app.command("compress")(compress_commands.compress)
 app.command("decompress")(compress_commands.decompress)
+app.command("exercise")(exercise_commands.exercise)
+app.command("generate")(motion_commands.generate)
+app.command("retrieve")(motion_commands.retrieve)
+app.command("caption")(motion_commands.caption)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

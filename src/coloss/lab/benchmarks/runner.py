@@ -31,6 +31,7 @@ BENCHMARKS = {
     "mutual-information": "coloss.lab.benchmarks.mutual_information.measure",
     "codec": "coloss.lab.benchmarks.codec.measure",
     "token-exit": "coloss.lab.benchmarks.token_exit.measure",
+    "exercise": "coloss.lab.benchmarks.exercise.measure",
 }
 
 
