@@ -354,6 +354,26 @@ def test_run_takes_the_example_of_the_system_where_no_data_are_named(
     assert (tmp_path / "runs" / "whole-my-plays" / "asked.txt").read_text() == "my-plays None 0"
 
 
+def test_run_passes_options_of_the_system_on_and_refuses_what_it_lacks(
+    coloss, complete_system, tmp_path, monkeypatch
+):
+    def sized(data="digits", folder=None, *, budget=None, seed=0, progress=None, size: str = "small"):
+        return recipe(f"{data} {size}", folder, budget=budget, seed=seed, progress=progress)
+
+    monkeypatch.setattr("coloss.lab.catalog.import_name", lambda path: sized)
+    assert coloss("run", "whole", "--set", "size=paper").code == 0
+    assert (tmp_path / "runs" / "whole-digits" / "asked.txt").read_text() == "digits paper None 0"
+    for written, parts in (
+        (["sise=paper"], ["no parameter 'sise'", "did you mean 'size'"]),
+        (["seed=3"], ["no parameter 'seed'", "it has: size"]),
+        (["size=3"], ["size of whole must be str, got 3"]),
+        (["paper"], ["name=value", "'paper'"]),
+        (["size=small", "size=paper"], ["set once", "size, size"]),
+    ):
+        code, _, err = coloss("run", "whole", *[part for text in written for part in ("--set", text)])
+        assert code == 2 and all(part in err for part in parts), err
+
+
 def test_select_names_the_chosen_arm_and_its_regret(coloss):
     arms = "lejepa:weight=0.0,lejepa:weight=0.1"
     assert coloss("compare", "iris-ssl", "--methods", arms, "--seeds", "2", "--budget", "5steps", "--out", "a").code == 0  # fmt: skip

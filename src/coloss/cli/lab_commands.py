@@ -251,9 +251,14 @@ def run(
     budget: Annotated[str | None, typer.Option(help="60s, 2m, 300steps, 20epochs.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random, at least 0.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the trained model and its metrics.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, an option of the system (coloss show SLUG); repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a complete system end to end; the same --out folder goes on where a stopped run ended."""
+    from coloss.lab.arms import read_options
     from coloss.lab.catalog import catalog, find_entry, import_name
     from coloss.train.budget import Budget
 
@@ -268,13 +273,19 @@ def run(
     length = Budget.parse(budget) if budget is not None else None
     with status("starting"):
         recipe: Callable[..., Any] = import_name(entry.recipe)
+    options = read_options(slug, recipe, settings or [])
     if data is None:
         default = inspect.signature(recipe).parameters["data"].default
         data = "digits" if default is inspect.Parameter.empty else default
     folder = out or Path("runs") / f"{slug}-{Path(data).stem}"
     with stoppable(), progress_bar(1) as report:
         metrics = recipe(
-            data, folder, budget=length, seed=seed, progress=lambda share: report(slug, seed, min(share, 1.0))
+            data,
+            folder,
+            budget=length,
+            seed=seed,
+            progress=lambda share: report(slug, seed, min(share, 1.0)),
+            **options,
         )
         report(slug, seed, 1.0)
     if as_json:

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -141,11 +141,42 @@ def check_parameters(slug: str, parameters: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the parameter, and close names or the type.
     """
-    known = _parameters(method_class(slug))
-    for name, value in parameters.items():
+    _check_values(slug, _parameters(method_class(slug)), parameters)
+
+
+def read_options(slug: str, recipe: Callable[..., Any], written: Sequence[str]) -> dict[str, Any]:
+    """Options of a complete system's recipe as a user writes them, beside those that `coloss run` has a flag for.
+
+    Args:
+        slug: the system's, for messages.
+        recipe: its function.
+        written: texts like "size=paper".
+
+    Raises:
+        InputError: for a text of another form, a name given twice, an option that the recipe lacks or that has a flag, or a value of
+            another type than it takes.
+
+    Examples:
+        >>> def recipe(data, folder, *, budget=None, seed=0, progress=None, size: str = "small"): ...
+        >>> read_options("mine", recipe, ["size=paper"])
+        {'size': 'paper'}
+    """
+    pairs = [_read_parameters([text], text) for text in written]
+    names = [name for pair in pairs for name in pair]
+    if len(set(names)) < len(names):
+        raise InputError(f"an option may be set once, got {', '.join(names)}")
+    options = {name: value for pair in pairs for name, value in pair.items()}
+    flags = ("data", "folder", "budget", "seed", "progress")
+    known = {name: kind for name, kind in _hints(recipe).items() if name not in flags}
+    _check_values(slug, known, options)
+    return options
+
+
+def _check_values(slug: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
         if name not in known:
             raise InputError(
-                f"{slug} has no parameter {name!r}{suggest_names(name, known)} (it has: {', '.join(sorted(known))})"
+                f"{slug} has no parameter {name!r}{suggest_names(name, known)} (it has: {', '.join(sorted(known)) or 'none'})"
             )
         if not _accepts(known[name], value):
             raise InputError(f"{name} of {slug} must be {_type_text(known[name])}, got {value!r}")
@@ -192,21 +223,25 @@ def _is_module(name: str) -> bool:
 def _parameters(method: type[Method]) -> dict[str, Any]:
     """Names and annotations of what can be given to a method: of `for_setting`, and what that passes on to the constructor."""
     found: dict[str, Any] = {}
-    passed_on = False
     for function in (method.for_setting, method.__init__):
-        signature = inspect.signature(function)
-        try:
-            hints = get_type_hints(function)
-        except (NameError, TypeError):  # names that only a type checker imports
-            hints = {}
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                passed_on = True
-            elif parameter.kind is not parameter.VAR_POSITIONAL and name not in ("self", "setting"):
-                found.setdefault(name, hints.get(name, Any))
-        if not passed_on:
+        for name, kind in _hints(function).items():
+            if name not in ("self", "setting"):
+                found.setdefault(name, kind)
+        parameters = inspect.signature(function).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of the parameters that have a name."""
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError):  # names that only a type checker imports
+        hints = {}
+    parameters = inspect.signature(function).parameters.items()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: hints.get(name, Any) for name, parameter in parameters if parameter.kind not in variable}
 
 
 def _accepts(annotation: Any, value: Any) -> bool:

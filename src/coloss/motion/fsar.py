@@ -20,12 +20,12 @@ download (for batch norms in evaluation mode: the training model's use the batch
 a network that nobody trained.
 
 Measured (120 clips of each of Bandai-Namco, HDM05 and MSR Action3D in 15 common joints, 8 frames, two blocks, 5 seeds; tests on styles or people that
-nobody trained on): mean accuracy 64.3% against 61.6% for FedAvg with local batch norms that had 1.5 times as many rounds, which take as long; +2.7
-points, 95% interval -0.6 to +5.9: inconclusive. Of the worst client, MSR, it had 42.8% against 36.5%, more in each of the five seeds; that was looked at,
-not claimed. In 12 rounds each: FSAR 64.3%, its topology without distillation 63.2%, with averaged links and no private ones 61.8%, each client for itself 58.1%,
-FedProx with local batch norms 55.4%, FedAvg that averages batch norms too 34.1%. So local batch norms matter most, by far, and the private links and
-the distillation add little that can be told apart here. Nothing was steadier for it: a client's accuracy moved by 4.5 points over the last five
-rounds, that of FedAvg by 3.3 (which was further in its training), those of the other arms with local batch norms and 12 rounds by 4.3 to 5.6.
+nobody trained on): mean accuracy 65.0% against 63.1% for FedAvg with local batch norms that had 1.5 times as many rounds, which take as long; +1.9
+points, 95% interval -4.5 to +8.4: inconclusive. After 12 rounds like FSAR that FedAvg had 55.3%. Of the worst client, MSR, FSAR had 44.9% against
+38.3%, more in four of the five seeds; that was looked at, not claimed. Of two seeds, in 12 rounds each: FSAR 65.6%, its topology without distillation
+66.6%, each client for itself 59.2%, FedAvg that averages batch norms too 34.4%. So local batch norms matter most, by far; the private links learn
+sooner than FedAvg, and the distillation adds nothing that can be told apart here. Nothing was steadier for it: a client's accuracy moved by 4.8
+points over the last five rounds, that of FedAvg by 3.3 (which was further in its training), after 12 rounds by 5.7.
 
 When it helps: clients with few clips each, whose bodies or devices differ, and who may not pool them; more than that is not shown. When not: a
 vote of 20 neighbours on raw coordinates had 66.5% here, without any training or federation, more than every network; at this size ask that first. A

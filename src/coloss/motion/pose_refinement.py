@@ -14,14 +14,14 @@ What the published gain stands on: its evaluation gives the true place of the ro
 root (`PinholeCamera.fit_root`), and the result says so.
 
 When it helps: where the lifter is less exact than the image, and the image must be followed closely. Measured on Bandai-Namco motion seen by
-known cameras with noise (about 2 cm; a residual MLP of 5 epochs with 46.0 mm mean joint distance; 5 seeds): after 30 steps with a fitted root
-44.5 mm with the prior, 47.0 mm with projection alone (difference -2.5 mm, 95% interval -2.8 to -2.2), which helps at first (45.3 after 4 steps)
-and then fits the noise: each stopped where it is best, the prior is worth 0.8 mm. With the published 4 steps 45.0. The fitted root is 92 mm off,
-nearly all of it in depth; with the true root both have 43.8 mm after 4 steps, and after 30 the prior 42.8, projection alone 44.7.
+known cameras with noise (about 2 cm; a residual MLP of 3 epochs with 52.5 mm mean joint distance; 5 seeds): after 30 steps with a fitted root
+50.4 mm with the prior, 52.3 mm with projection alone (difference -1.9 mm, 95% interval -2.1 to -1.7), which helps at first and then fits the noise.
+The rest of this paragraph is of the first two seeds. After the published 4 steps both are at 51.8 and 51.7 mm, without any step at 53.0. The fitted
+root is 111 mm off, nearly all of it in depth; with the true root both have 50.6 mm after 4 steps, and after 30 the prior 49.0, projection alone 50.6.
 
 What does it is a prior of the right strength, not knowing where to hold: with equal weights and a strength chosen on validation poses (0.1)
-30 steps end at 44.4 mm, lower in all five seeds; with equal weights at the published 0.005 at 46.7. The uncertainty (exp(s) correlates with
-true joint errors by 0.65) brings the published 0.005 to where it fits here.
+30 steps end at 50.2 mm, lower in all five seeds; with equal weights at the published 0.005 no lower than projection alone (two seeds). The
+uncertainty (exp(s) correlates with true joint errors by 0.60) brings the published 0.005 to where it fits here.
 
 When not: with a lifter as good as the image allows. In a pilot with one of 35.0 mm, 4 steps gave 35.2 mm with the fitted root and 34.5 with
 the true one. A false camera is fitted as willingly as a true one: intrinsics must be known, in units of half the image's width.
