@@ -23,6 +23,24 @@ def test_overlap_by_hand() -> None:
     assert overlap_scores(["a b"], ["a b c d"])["bleu@1"] == pytest.approx(math.exp(-1))
 
 
+def test_overlap_of_longer_texts_by_hand() -> None:
+    # Of 6 words 5 are found, of pairs 4 of 5, of threes 3 of 4, of fours 2 of 3: together 1 / 3.
+    found = overlap_scores(["a b c d e x"], ["a b c d e f"])
+    assert found["bleu@4"] == pytest.approx((1 / 3) ** 0.25)
+    # A word counts as often as the reference that has most of it; of two references the one of nearest length sets the penalty.
+    found = overlap_scores(["a a a"], [["a b a c d e f", "a b c d"]])
+    assert found["bleu@1"] == pytest.approx(2 / 3 * math.exp(1 - 4 / 3))
+    # Longest common subsequence "a c": precision 2 / 3, recall 2 / 4 and 2 / 2; the better reference counts.
+    assert overlap_scores(["a x c"], [["a b c d", "a c"]])["rouge_l"] == pytest.approx(4 / 5)
+
+
+def test_an_empty_sentence_finds_nothing_and_shortens_the_corpus() -> None:
+    assert overlap_scores([""], ["a b"]) == {"bleu@1": 0, "bleu@4": 0, "rouge_l": 0}
+    found = overlap_scores(["", "a b"], ["a b", "a b"])
+    assert found["bleu@1"] == pytest.approx(math.exp(1 - 4 / 2))
+    assert found["rouge_l"] == pytest.approx(1 / 2)
+
+
 def test_rare_tokens_weigh_more() -> None:
     weights = inverse_document_frequencies([[1, 2, 2], [1, 3], [1]])
     assert weights == pytest.approx({1: math.log(4 / 4), 2: math.log(4 / 2), 3: math.log(4 / 2)})
@@ -59,6 +77,25 @@ def test_equal_texts_score_one_and_empty_ones_nothing() -> None:
     assert even.f1.tolist() == pytest.approx([1, 1])
 
 
+def test_what_stands_at_padding_reaches_no_score() -> None:
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    expected = token_match_scores(x, y, valid, valid)
+    x[~valid], y[~valid] = torch.nan, torch.inf
+    for found, wanted in zip(token_match_scores(x, y, valid, valid), expected):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_precision_and_recall_of_different_sign_have_no_harmonic_mean() -> None:
+    # P = 0.2 and R = -0.19: their formula would say -7.6.
+    x, y = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.2, 0.96**0.5], [-0.58, 0.6636**0.5]]])
+    found = token_match_scores(x, y)
+    assert found.precision.item() == pytest.approx(0.2)
+    assert found.recall.item() == pytest.approx(-0.19)
+    assert found.f1.item() == 0
+    assert token_match_scores(x, -x).f1.item() == pytest.approx(-1)
+
+
 def test_half_precision_is_computed_in_full() -> None:
     x = torch.randn(2, 3, 4).half()
     assert token_match_scores(x, x).f1.dtype is torch.float32
@@ -80,6 +117,15 @@ def test_the_scorers_baseline_is_that_of_references_among_each_other() -> None:
     weighted = TokenMatchScorer(encode, rescaled=False)
     # b is in every reference, so that it weighs nothing beside a word that is in one.
     assert weighted(["a b", "x b"], ["a b", "c b"]).tolist() == pytest.approx([1, 0])
+
+
+def test_the_baseline_does_not_pair_a_reference_with_its_like() -> None:
+    scorer = TokenMatchScorer(encode, weighted=False)
+    # In the order of what they say, as test sets often are: neighbours are equal or nearly so.
+    references = ["a b", "a b", "a b", "a c", "d e", "d e", "d e", "d f"]
+    found = scorer(["a b", "x y", *references[2:]], references)
+    assert found[:2].tolist() == pytest.approx([1, 0])
+    assert scorer(["a b", "a x"], ["a b", "a b"]).tolist() == pytest.approx([1, 0.5])
 
 
 def test_caption_score_is_the_mean_over_motions() -> None:

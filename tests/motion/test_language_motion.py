@@ -86,7 +86,19 @@ def test_the_scale_learns_from_the_contrastive_term_alone_and_stays_below_100() 
     assert method.scale().item() == pytest.approx(1 / 0.07)
     with torch.no_grad():
         method.log_scale.fill_(9.0)
-    assert method.scale().item() == 100
+    assert method.scale().item() == pytest.approx(100)
+
+
+def test_a_scale_that_went_beyond_its_limit_can_come_back() -> None:
+    method = LanguageMotionPretraining(CODES, losses=["contrastive"])
+    step, _ = one_step(method)
+    with torch.no_grad():
+        method.log_scale.fill_(9.0)
+    terms = step(step.state.batch)
+    (gradient,) = step.state.gradients(terms["contrastive"], [method.log_scale])
+    assert gradient is not None
+    assert gradient.item() != 0
+    assert method.log_scale.exp().item() == pytest.approx(100)
 
 
 def test_padding_is_neither_memory_nor_target() -> None:

@@ -126,6 +126,15 @@ def test_half_precision_scores_that_would_round_to_no_probability_still_give_a_d
     assert (hard_negatives(scores).motion_of_text >= 0).all()
 
 
+def test_what_has_no_chance_is_not_drawn_for_want_of_others() -> None:
+    scores = torch.zeros(3, 3)
+    scores[:, 2] = -math.inf
+    scores[0, 1] = -math.inf
+    found = hard_negatives(scores)
+    assert found.text_of_motion.tolist() == [-1, 0, found.text_of_motion[2].item()]
+    assert found.motion_of_text.tolist()[1:] == [2, -1]
+
+
 def test_an_order_moves_the_noise_with_the_rows() -> None:
     scores, order = torch.randn(5, 5), torch.tensor([3, 0, 4, 1, 2])
     plain = hard_negatives(scores, generator=torch.Generator().manual_seed(1))

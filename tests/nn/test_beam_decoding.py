@@ -64,6 +64,19 @@ def test_one_beam_is_greedy() -> None:
     assert [token for token in found.ids[0, 0].tolist() if token >= 0] == ids[2:]
 
 
+def test_a_text_that_nothing_may_follow_leaves_the_others_as_they_are() -> None:
+    likely = torch.tensor(
+        [[-torch.inf, 1.0, 2.0, -1.0], [-torch.inf] * 4, [0.0, -torch.inf, -torch.inf, 1.0], [0.0] * 4]
+    )
+    found = beam_search(
+        lambda ids: likely[ids[:, -1]], torch.tensor([[0], [1]]), end_id=END, max_tokens=2, beams=3
+    )
+    assert found.ids[0].tolist() == [[2, 3], [2, 0], [3, -1]]
+    assert not found.scores.isnan().any()
+    assert (found.ids[1] == -1).all()
+    assert (found.scores[1] == -torch.inf).all()
+
+
 def test_beams_are_sorted_distinct_and_filled_with_nothing() -> None:
     table = random_model(1)
     found = beam_search(

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from coloss.ops import (
     all_reduce_mean,
+    dealt_places,
     gather_with_gradient,
     is_distributed,
+    own_place,
     rank,
     sliced_statistic,
     world_size,
@@ -135,3 +137,18 @@ def test_second_derivatives_pass_through_a_gather(seen):
     # x_0 = 2, x_1 = 3, L = (x_0 x_1)^2 on both processes, so each first gradient is 2 dL/dx_r and the sum over both
     # processes of the derivative of those by x_r is 2 (2 x_s^2 + 4 x_0 x_1).
     assert [process["second"].item() for process in seen] == [2 * (2 * 9 + 4 * 6), 2 * (2 * 4 + 4 * 6)]
+
+
+def test_rows_are_counted_where_they_were_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = "coloss.ops.distributed"
+    assert own_place(dealt_places(torch.zeros(3))) == 0
+    monkeypatch.setattr(f"{room}.is_distributed", lambda: True)
+    monkeypatch.setattr(f"{room}.row_counts", lambda rows: [3, 2])
+    monkeypatch.setattr(f"{room}.rank", lambda: 1)
+    places = dealt_places(torch.zeros(2, 4))
+    # Samples 0 to 4 went to processes 0, 1, 0, 1, 0.
+    assert [place.tolist() for place in places] == [[0, 2, 4], [1, 3]]
+    assert own_place(places) == 1
+    alone = dealt_places(torch.zeros(2, 4), across_processes=False)
+    assert [place.tolist() for place in alone] == [[0, 1]]
+    assert own_place(alone) == 0

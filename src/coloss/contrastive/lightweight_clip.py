@@ -40,12 +40,11 @@ from torch import Tensor, nn
 
 from coloss.errors import InputError
 from coloss.nn import ConvNet, DualEncoder, TokenEncoder, Words
-from coloss.ops import full_precision, gather_with_gradient, is_distributed
+from coloss.ops import dealt_places, full_precision, gather_with_gradient, is_distributed, own_place
 from coloss.ops.distributed import row_counts
 from coloss.train import Claim, Method, Setting, State, System, second_look
 
 from .clip import LogitScale, clip_loss
-from .joint_rows import dealt_places, own_place
 from .local_negatives import warn_of_local_negatives
 from .masked_words import FusedMaskedLM, mask_tokens
 from .shared_captions import captioned_digits, train_and_score

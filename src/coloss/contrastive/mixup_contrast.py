@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from coloss.nn import MLP
 from coloss.ops import (
     beta_weights,
+    dealt_places,
     full_precision,
     gather_with_gradient,
     is_distributed,
     mix_pairs,
+    own_place,
     rank,
     soft_contrastive_loss,
 )
 from coloss.ops.distributed import row_counts
 
-from .joint_rows import dealt_places, own_place
 from .soft_clip import check_paired, soft_clip_loss, soft_target_clip_loss, unit_rows
 
 

@@ -85,7 +85,7 @@ def token_match_scores(
 
         P = sum_i w_i max_j cos(x_i, y_j) / sum_i w_i      over the candidate's tokens
         R = sum_j v_j max_i cos(x_i, y_j) / sum_j v_j      over the reference's
-        F1 = 2 P R / (P + R),  each rescaled to (value - b) / (1 - b)
+        F1 = 2 P R / (P + R), 0 where one is not above 0 and the other is;  each rescaled to (value - b) / (1 - b)
 
     Args:
         candidates: x, token vectors of the texts to be judged.
@@ -131,19 +131,20 @@ def token_match_scores(
         if best is None:
             found.append(x.new_zeros(len(x)))
         else:
-            best = best.masked_fill(best == -torch.inf, 0.0)
+            best = best.masked_fill((best == -torch.inf) | (shares[own] < 0), 0.0)
             found.append((best * shares[own].clamp(min=0)).sum(1))
     precision, recall = found
-    total = precision + recall
-    f1 = torch.where(total == 0, 0.0, 2 * precision * recall / torch.where(total == 0, 1.0, total))
+    # Of values on either side of 0 a harmonic mean has no bounds; it nears 0 where one of them does.
+    mixed = precision * recall <= 0
+    f1 = torch.where(mixed, 0.0, 2 * precision * recall / torch.where(mixed, 1.0, precision + recall))
     return MatchScores(*((value - baseline) / (1 - baseline) for value in (precision, recall, f1)))
 
 
 class TokenMatchScorer:
     """A BERTScore with a text encoder of one's own: give it to `caption_score`.
 
-    Weights are inverse document frequencies in the references of a call; the baseline is the mean F1 of references paired with others, so that
-    0 means "as unlike as two of the references".
+    Weights are inverse document frequencies in the references of a call; the baseline is the mean F1 of its different references, each paired
+    with the one that stands half of them further on, so that 0 means "as unlike as two of the references".
 
     Args:
         encode: texts to token vectors: a list of texts -> (vectors (texts, words, dim), valid (texts, words), token ids (texts, words)).
@@ -190,10 +191,15 @@ class TokenMatchScorer:
                 )
             sides.append((vectors, valid, table))
         f1 = _f1(sides[0], sides[1])
-        if not self.rescaled or len(references) < 2:
+        # References often stand in the order of what they say: a neighbour is no other text.
+        rows = list({text: row for row, text in enumerate(references)}.values())
+        if not self.rescaled or len(rows) < 2:
             return f1
-        turned = tuple(None if part is None else part.roll(1, 0) for part in sides[1])
-        baseline = float(_f1(turned, sides[1]).mean())
+        turned = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
+        first, second = (
+            tuple(None if part is None else part[chosen] for part in sides[1]) for chosen in (turned, rows)
+        )
+        baseline = float(_f1(first, second).mean())
         return (f1 - baseline) / (1 - baseline) if baseline < 1 else f1
 
 

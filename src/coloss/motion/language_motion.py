@@ -38,8 +38,7 @@ from coloss.motion.language_motion_losses import (
 )
 from coloss.motion.language_motion_model import LanguageMotionModel
 from coloss.nn import Frozen
-from coloss.ops import gather_with_gradient, is_distributed, rank
-from coloss.ops.distributed import row_counts
+from coloss.ops import dealt_places, gather_with_gradient, is_distributed, own_place
 from coloss.train.method import Method
 from coloss.train.schedules import Schedule
 from coloss.train.state import State
@@ -216,6 +215,9 @@ class LanguageMotionPretraining(Method):
 
     def on_batch(self, state: State) -> None:
         """The motions become their tokens' vectors, and one caption of each clip stays: what the model and other methods see."""
+        with torch.no_grad():
+            # The parameter, not only what is read of it: beyond the limit it would get no gradient, and so never come back.
+            self.log_scale.clamp_(max=math.log(_LARGEST_SCALE))
         motion = self._motion(state.batch)
         words = self._captions(state, len(motion.codes))
         extras = {**state.batch.extras, "codes": motion.codes, "words": words}
@@ -271,7 +273,7 @@ class LanguageMotionPretraining(Method):
 
     def scale(self) -> Float[Tensor, ""]:
         """What cosines are multiplied by at present, at most 100."""
-        return self.log_scale.exp().clamp(max=_LARGEST_SCALE)
+        return self.log_scale.clamp(max=math.log(_LARGEST_SCALE)).exp()
 
     def _motion(self, batch: Batch) -> MotionTokens:
         motions, lengths = _clips(batch.inputs)
@@ -291,27 +293,22 @@ class LanguageMotionPretraining(Method):
 
     def _uniform(self, state: State, rows: Tensor) -> Tensor:
         """A number in [0, 1) for each of this process's rows: those that one process would draw for the joined batch."""
-        if not self._joined():
-            generator = state.generator if self.across_processes else state.local_generator
-            return torch.rand(len(rows), generator=generator)
-        counts = row_counts(rows)
-        start = sum(counts[: rank()])
-        return torch.rand(sum(counts), generator=state.generator)[_dealt_order(counts)][
-            start : start + len(rows)
-        ]
+        places = dealt_places(rows, self.across_processes)
+        generator = state.generator if self.across_processes else state.local_generator
+        drawn = torch.rand(sum(map(len, places)), generator=generator, device=generator.device).cpu()
+        return drawn[places[own_place(places)]]
 
     def _groups(self, batch: Batch, words: Tensor) -> Tensor:
         """Numbers of the texts' meanings, equal for equal ones; of the joined batch where rows are compared across processes."""
         given = batch.extras.get("groups")
-        count, start = len(words), 0
+        rows = _own_rows(dealt_places(words, self.across_processes)).to(words.device)
         if self._joined():
-            start = sum(row_counts(words)[: rank()])
             words = gather_with_gradient(words)
             given = None if given is None else gather_with_gradient(given)
         found = _same_rows(words)
         if given is not None:
             found = _merged(found, _same_rows(given[:, None]))
-        return found[start : start + count]
+        return found[rows]
 
     def _joined(self) -> bool:
         return self.across_processes and is_distributed()
@@ -328,12 +325,10 @@ class LanguageMotionPretraining(Method):
     ) -> Tensor:
         network, count = _model(state).transformer, len(words)
         every_memory, every_valid, every_words = memory, valid, words
-        order, own = None, torch.arange(count, device=words.device)
+        places = dealt_places(words, self.across_processes)
+        order, own = torch.cat(places).to(words.device), _own_rows(places).to(words.device)
         with torch.no_grad():
             if self._joined():
-                counts = row_counts(words)
-                order = _dealt_order(counts).to(words.device)
-                own = own + sum(counts[: rank()])
                 queries, texts, groups = (gather_with_gradient(each) for each in (queries, texts, groups))
             scores = query_text_scores(queries, texts) * self.scale()
             generator = state.generator if self.across_processes else state.local_generator
@@ -400,7 +395,7 @@ def _merged(first: Tensor, second: Tensor) -> Tensor:
         merged = low
 
 
-def _dealt_order(counts: Sequence[int]) -> Tensor:
-    """Places in the joint batch, which was dealt out in turn, of rows that stand process after process."""
-    turns = torch.cat([torch.arange(count) * len(counts) + place for place, count in enumerate(counts)])
-    return turns.argsort().argsort()
+def _own_rows(places: list[Tensor]) -> Tensor:
+    """Numbers of this process's rows where those of all stand process after process."""
+    numbers = torch.arange(sum(map(len, places))).split([len(place) for place in places])
+    return numbers[own_place(places)]

@@ -142,7 +142,7 @@ def hard_negatives(
     same text have probability 0, exactly. The draw is the argmax of scores plus Gumbel noise, which no rounding of probabilities can empty.
 
     Args:
-        scores: s, of each motion (row) and text (column); scaled as for the contrastive loss.
+        scores: s, of each motion (row) and text (column); scaled as for the contrastive loss. What is minus infinity is never drawn.
         groups: number of each text; pairs of equal number are never drawn. None: all texts differ.
         generator: of the draw.
         order: place of each row in the order in which noise is drawn; None: as they stand.
@@ -171,7 +171,11 @@ def hard_negatives(
         if order is not None:
             noise = noise[order][:, order]
         table = (full_precision(table) + noise).masked_fill(barred, -math.inf)
-        drawn.append(table.argmax(1).masked_fill(barred.all(1), -1) if count else table.new_zeros(0).long())
+        if count:
+            best = table.max(1)
+            drawn.append(best.indices.masked_fill(best.values == -math.inf, -1))
+        else:
+            drawn.append(table.new_zeros(0).long())
     return HardNegatives(*drawn)
 
 

@@ -80,7 +80,9 @@ def beam_search(
     done_scores = torch.full((texts, beams), -math.inf, device=start.device)
     for length in range(1, max_tokens + 1):
         logits = full_precision(next_logits(alive.flatten(0, 1)))
-        totals = sums[..., None] + torch.log_softmax(logits, -1).to(sums.dtype).unflatten(0, (texts, beams))
+        # A row where nothing may follow has no softmax: such a text ends without a continuation.
+        steps = torch.log_softmax(logits, -1).masked_fill(logits == -math.inf, -math.inf)
+        totals = sums[..., None] + steps.to(sums.dtype).unflatten(0, (texts, beams))
         vocabulary = totals.shape[-1]
         # Of twice as many, at least as many as there are beams have not ended.
         best = totals.flatten(1).topk(min(2 * beams, beams * vocabulary), 1)

@@ -16,8 +16,10 @@ from .distillation_losses import distillation_kl_loss as distillation_kl_loss
 from .distillation_losses import dkd_loss as dkd_loss
 from .distillation_losses import standardized_logits as standardized_logits
 from .distributed import all_reduce_mean as all_reduce_mean
+from .distributed import dealt_places as dealt_places
 from .distributed import gather_with_gradient as gather_with_gradient
 from .distributed import is_distributed as is_distributed
+from .distributed import own_place as own_place
 from .distributed import rank as rank
 from .distributed import world_size as world_size
 from .distribution_matching import sdm_loss as sdm_loss

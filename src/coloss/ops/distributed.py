@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from .precision import full_precision
@@ -111,6 +111,42 @@ def all_reduce_mean(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         tensor([1., 2.])
     """
     return _AllReduceSum.apply(x) / world_size() if is_distributed() else x
+
+
+def dealt_places(
+    rows: Shaped[Tensor, "rows *features"], across_processes: bool = True
+) -> list[Int[Tensor, " own"]]:
+    """For each process in the order of ranks: the places of its rows in the joint batch, which was dealt out in turn.
+
+    A draw that is made for the joint batch from a generator in the same state everywhere is then the draw of a single process.
+
+    Args:
+        rows: this process's; only their number counts.
+        across_processes: False takes this process for the only one.
+
+    Returns:
+        int64 on the CPU, one tensor for each process.
+
+    Cost:
+        One collective (row counts).
+
+    Examples:
+        >>> [places.tolist() for places in dealt_places(torch.zeros(3, 2))]
+        [[0, 1, 2]]
+    """
+    counts = row_counts(rows) if across_processes and is_distributed() else [len(rows)]
+    turns = torch.cat([torch.arange(count) * len(counts) + place for place, count in enumerate(counts)])
+    return list(turns.argsort().argsort().split(counts))
+
+
+def own_place(places: list[Tensor]) -> int:
+    """Which entry of `dealt_places` is this process's.
+
+    Examples:
+        >>> own_place(dealt_places(torch.zeros(3, 2)))
+        0
+    """
+    return rank() if len(places) > 1 else 0
 
 
 def _has_process_group() -> bool:
