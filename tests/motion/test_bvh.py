@@ -138,6 +138,8 @@ def test_bad_files_and_arguments_are_named(tmp_path):
         ("OFFSET 0 9 0", "OFFSET 0 9", "line 16: is no part of a BVH file"),
         ("CHANNELS 3", "CHANNELS 4", "line 13"),
         ("Frames: 1", "Frames: one", "line 22: must be 'Frames: NUMBER'"),
+        ("Frames: 1", "Frames: nan", "line 22: must be 'Frames: NUMBER'"),
+        ("Frame Time: 0.05", "Frame Time: inf", "line 23: must be 'Frame Time: NUMBER'"),
         ("Frames: 1", "Frames: 2", "must hold 2 frames"),
         ("0 0 0 0 0\n", "0 0 0 0\n", "must be 15 numbers for each frame"),
         ("MOTION", "", "is no part of a BVH file"),

@@ -1,8 +1,10 @@
 """The recipe of LaMP on a few made-up clips, the trained model as people use it, and the files it reads."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +19,17 @@ from coloss.motion import lamp_stages
 from coloss.motion.bvh import write_bvh
 from coloss.motion.clip_files import at_rate, read_clips
 from coloss.motion.generic_text import GenericTextEncoder
+from coloss.motion.lamp_evaluation import _turn_metrics
 from coloss.motion.lamp_methods import DrawnCaption, GenericCondition, TurnTerm
 from coloss.motion.lamp_model import load_lamp, skeleton_of, skeleton_record
 from coloss.motion.lamp_recipe import train_lamp
-from coloss.motion.lamp_stages import Stage
+from coloss.motion.lamp_stages import STAGES, LampTraining, Stage
 from coloss.motion.motion_representation import motion_features
 from coloss.motion.motion_tokenizer import MotionReconstruction
+from coloss.train import Budget
 from coloss.train.state import State
+
+LONG = " on and on" * 15  # more words than the model takes
 
 
 def made_up_folder(folder: Path) -> Path:
@@ -35,7 +41,7 @@ def made_up_folder(folder: Path) -> Path:
         np.save(folder / "new_joint_vecs" / f"{number:03}.npy", features.numpy())
         how = "slowly" if number % 2 else "quickly"
         (folder / "texts" / f"{number:03}.txt").write_text(
-            f"a person walks {how}#a/DET#0.0#0.0\nsomeone goes {how}#x/X#0.0#0.0\n"
+            f"a person walks {how}{LONG * (number in (0, 9))}#a/DET#0.0#0.0\nsomeone goes {how}#x/X#0.0#0.0\n"
         )
         lists["train" if number < 8 else "val" if number < 9 else "test"].append(f"{number:03}")
     for name, members in lists.items():
@@ -83,6 +89,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, tiny, monkey
         *("fid", "r_precision@3", "multimodal_distance", "diversity", "real_r_precision@1", "multimodality"),
         *("motion_to_text_r@1", "motion_to_text_medr", "text_to_motion_r@5", "text_to_motion_medr"),
         *("bleu@1", "rouge_l", "caption_right", "caption_score_generated", "tokenizer_joint_error"),
+        *("generated_turn_right", "generated_turn_wrong"),
         *("generic_text_fid", "bidirectional_fid", "attention_rank", "bidirectional_attention_rank"),
     ):
         assert name in metrics
@@ -131,6 +138,54 @@ def test_frozen_text_encoder_of_the_rival_gets_no_gradient():
     assert condition.output.weight.grad.abs().sum() > 0
 
 
+def test_a_budget_of_time_is_shared_by_time_and_one_of_steps_by_steps():
+    def shares(budget):
+        training = object.__new__(LampTraining)
+        training.stages, training.budget = STAGES["small"], budget
+        return {name: training._budget(name) for name in STAGES["small"]}
+
+    seconds = {name: part.seconds for name, part in shares(Budget(seconds=1000)).items()}
+    assert sum(seconds.values()) == pytest.approx(950)  # the rest is for the evaluation
+    dearer = STAGES["small"]["pretraining"].minutes / STAGES["small"]["length"].minutes
+    assert seconds["pretraining"] == pytest.approx(dearer * seconds["length"]) and dearer > 5
+    whole = Budget(steps=sum(stage.steps for stage in STAGES["small"].values()))
+    assert {name: part.steps for name, part in shares(whole).items()} == {
+        name: stage.steps for name, stage in STAGES["small"].items()
+    }
+
+
+def test_generated_turns_are_counted_to_the_side_of_the_real_ones(as_users_call):
+    def turned(*degrees):  # half the turn, and to the left where it is negative
+        return [torch.full((4, 5), -math.radians(each) / 8) for each in degrees]
+
+    lamp = SimpleNamespace(
+        tokenizer=SimpleNamespace(frames_per_token=4),
+        decode=lambda codes: torch.stack(turned(80, 80, -60, 10, -50)),
+    )
+    test = SimpleNamespace(features=turned(90, -90, -90, 0, 20))
+    found = _turn_metrics(lamp, test, torch.zeros(5, 1))
+    assert found == {"generated_turn_right": pytest.approx(2 / 3), "generated_turn_wrong": 0.5}
+
+
+def test_clips_in_another_unit_are_refused(tmp_path):
+    lamp = load_lamp(stored_lamp(tmp_path / "model"))
+    lamp.normalizer.mean[:] = motion_features(torch.from_numpy(walk(20, 0)), BODY, fps=15).mean(0)
+    clips = MotionClips.from_list([walk(20, 1)], BODY, 15.0, names=["mine"])
+    assert len(lamp.embed_clips(clips)) == 1
+    for scale, size in ((100, "101"), (0.0254, "0.0256")):
+        with pytest.raises(InputError, match=f"body of 'mine' is {size}.* times as large"):
+            lamp.embed_clips(replace(clips, joints=clips.joints * np.float32(scale)))
+
+
+def test_more_clips_than_the_networks_get_at_once(tmp_path, monkeypatch):
+    lamp = load_lamp(stored_lamp(tmp_path / "model"))
+    clips = MotionClips.from_list([walk(9 + number, number) for number in range(5)], BODY, 15.0)
+    whole, said = lamp.embed_clips(clips), lamp.caption(clips, beams=2)
+    monkeypatch.setattr("coloss.motion.lamp_model._AT_ONCE", 2)
+    torch.testing.assert_close(lamp.embed_clips(clips), whole, atol=1e-6, rtol=0)
+    assert lamp.caption(clips, beams=2) == said
+
+
 def test_generated_motion_follows_seed_seconds_and_sentence(tmp_path):
     lamp = load_lamp(stored_lamp(tmp_path / "model"))
     clips = lamp.generate(["a person walks", "someone runs proudly"], seconds=0.8, seed=3)
@@ -164,6 +219,7 @@ def test_clips_and_sentences_find_each_other(tmp_path):
     scores = lamp.embed_clips(clips) @ lamp.embed_texts(["a person walks"])[0]
     found = lamp.retrieve_clips("a person walks", clips, count=1)
     assert found == [(clips.names[int(scores.argmax())], pytest.approx(float(scores.max())))]
+    lamp.sentences = (*lamp.sentences[:1], "someone runs" + LONG)  # as a training sentence may be
     texts = lamp.retrieve_texts(clips)
     assert [len(rows) for rows in texts] == [2, 2]
     assert all(first[1] >= second[1] for first, second in texts)

@@ -155,6 +155,8 @@ def read_bvh(path: str | Path) -> BvhMotion:
             if not line.lower().startswith(text.lower()):
                 raise ValueError
             found.append(float(line[len(text) :]))
+            if not math.isfinite(found[-1]):
+                raise ValueError
         except ValueError as error:
             raise InputError(f"{source}, line {at + 1}: must be '{text} NUMBER', got {line!r}") from error
         at += 1

@@ -45,6 +45,8 @@ def evaluate_lamp(
           `tokenizer_turn_kept`: share of the turn of clips that turn by more than 40 degrees (NaN if none does).
         - `fid`, `r_precision@1..3` (in galleries of 32, or of all where there are fewer), `multimodal_distance`, `diversity`, of real clips with `real_` in front; `multimodality`; of rivals with their
           name in front.
+        - `generated_turn_right`: of the clips that turn by more than 40 degrees, the share whose generated motion turns by so much to the same side;
+          `generated_turn_wrong`: of the others, the share whose generated motion turns by so much to either (each NaN if there are none).
         - `motion_to_text_*` and `text_to_motion_*`: R@1, 3, 5 and the median rank among all test clips (groups count as right), and among 32 with
           `small_` in front.
         - `bleu@1`, `bleu@4`, `rouge_l`, `caption_right` (share of sentences that are among the right ones word for word), and
@@ -58,7 +60,7 @@ def evaluate_lamp(
         2.0
     """
     texts = [captions[row % len(captions)] for row, captions in enumerate(test.captions)]
-    words = lamp.word_ids(texts, allow_unknown=True)
+    words = lamp.vocabulary.encode(texts)  # too long a sentence is cut, as in training
     features, lengths = test.padded(lamp.tokenizer_normalizer)
     metrics: dict[str, float] = {}
     with evaluation_mode(lamp):
@@ -80,6 +82,7 @@ def evaluate_lamp(
                 for key, value in found.items()
                 if not key.startswith(("real_", "fid_"))
             }
+        metrics |= _turn_metrics(lamp, test, generated)
         metrics |= _retrieval_metrics(lamp, test, words, vectors, valid)
         metrics |= _caption_metrics(lamp, test, texts, vectors, valid, generated)
         metrics |= _rank_metrics(lamp, words, codes, rivals or {}, seed)
@@ -91,7 +94,7 @@ def _tokenizer_metrics(lamp: Lamp, test: TextMotion, codes: Tensor, lengths: Ten
     errors, turns = [], []
     for clip, made, count in zip(test.features, decoded, lengths.tolist(), strict=True):
         real, again = (recover_joints(each[:count], test.num_joints, root=test.root) for each in (clip, made))
-        turned = [float(-2 * each[:count, 0].sum()) for each in (clip, made)]
+        turned = [_turned(each[:count]) for each in (clip, made)]
         if abs(turned[0]) > _TURN:
             turns.append(turned[1] / turned[0])
         relative = [joints - joints[:, [test.root]] for joints in (real, again)]
@@ -101,6 +104,26 @@ def _tokenizer_metrics(lamp: Lamp, test: TextMotion, codes: Tensor, lengths: Ten
         "tokenizer_turn_kept": sum(turns) / len(turns) if turns else math.nan,
         "tokenizer_codes_used": float(len(codes[codes >= 0].unique())),
     }
+
+
+def _turn_metrics(lamp: Lamp, test: TextMotion, generated: Tensor) -> dict[str, float]:
+    lengths = (generated >= 0).sum(1) * lamp.tokenizer.frames_per_token
+    made = [_turned(clip[:count]) for clip, count in zip(lamp.decode(generated), lengths.tolist())]
+    right, wrong = [], []
+    for turn, real in zip(made, map(_turned, test.features), strict=True):
+        if abs(real) > _TURN:
+            right.append(turn * math.copysign(1, real) > _TURN)
+        else:
+            wrong.append(abs(turn) > _TURN)
+    return {
+        "generated_turn_right": sum(right) / len(right) if right else math.nan,
+        "generated_turn_wrong": sum(wrong) / len(wrong) if wrong else math.nan,
+    }
+
+
+def _turned(features: Tensor) -> float:
+    """By how much a body has turned at the end, rad, to the left where > 0; whole turns count."""
+    return float(-2 * features[:, 0].sum())
 
 
 def _generation_metrics(

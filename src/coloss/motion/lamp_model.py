@@ -21,7 +21,12 @@ from coloss.motion.length_predictor import LengthPredictor
 from coloss.motion.masked_tokens import PAPER_GENERATOR, SMALL_GENERATOR, MaskedTokenTransformer
 from coloss.motion.motion_captioner import MotionCaptioner
 from coloss.motion.motion_evaluator import PAPER_EVALUATOR, SMALL_EVALUATOR, TextMotionEvaluator
-from coloss.motion.motion_representation import FeatureNormalizer, motion_features, recover_joints
+from coloss.motion.motion_representation import (
+    FeatureNormalizer,
+    feature_groups,
+    motion_features,
+    recover_joints,
+)
 from coloss.motion.motion_tokenizer import PAPER_TOKENIZER, SMALL_TOKENIZER, MotionVQVAE
 from coloss.motion.text_motion_folder import published_rest
 from coloss.train import load_model
@@ -56,6 +61,10 @@ LAMP_SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 """Sizes of all networks: for a thousand clips and a CPU, and the authors' (whose query transformer and captioner begin with published weights of
 language models, which are not here: all begin at random)."""
+
+
+_AT_ONCE = 128
+"""Clips or sentences that a network gets at once."""
 
 
 class Lamp(nn.Module):
@@ -214,7 +223,8 @@ class Lamp(nn.Module):
             clips: of the model's skeleton, y up, in its unit (metres for a model trained on metres).
 
         Raises:
-            InputError: for clips of another skeleton, or too short.
+            InputError: for clips of another skeleton, too short, or in another unit (bodies of less than a tenth or more than ten times the
+                size of those trained on).
         """
         skeleton, per_token = self.skeleton_of_clips(), self.tokenizer.frames_per_token
         if clips.skeleton.parents != skeleton.parents:
@@ -238,10 +248,22 @@ class Lamp(nn.Module):
                 rotations=self.rotations,
                 rest=rest,
             )
+            self._check_size(features, clips.names[index])
             kept = min(len(features), self.max_frames) // per_token * per_token
             start = (len(features) - kept) // 2
             found.append(features[start : start + kept])
         return tuple(found)
+
+    def _check_size(self, features: Tensor, name: str) -> None:
+        places = feature_groups(self.num_joints, rotations=self.rotations)["positions"]
+        found, known = (
+            float(each[..., places].unflatten(-1, (-1, 3)).norm(dim=-1).mean())
+            for each in (features, self.normalizer.mean)
+        )
+        if known > 0 and not known / 10 < found < 10 * known:
+            raise InputError(
+                f"clips must be in the model's unit (metres, for a model trained on metres), the body of {name!r} is {found / known:.3g} times as large as those trained on"
+            )
 
     @torch.no_grad()
     def read(
@@ -256,17 +278,24 @@ class Lamp(nn.Module):
     @torch.no_grad()
     def embed_clips(self, clips: MotionClips) -> Float[Tensor, "clips embedding"]:
         """Unit vectors of clips, near those of the sentences that fit them."""
-        vectors, valid = self.read(self.features_of(clips))
         with evaluation_mode(self):
-            return self.language_motion.embed_motion(vectors, valid)
+            return torch.cat(
+                [
+                    self.language_motion.embed_motion(*self.read(part))
+                    for part in _portions(self.features_of(clips))
+                ]
+            )
 
     @torch.no_grad()
     def embed_texts(
         self, texts: Sequence[str], *, allow_unknown: bool = False
     ) -> Float[Tensor, "texts embedding"]:
         """Unit vectors of sentences."""
+        return self._embed_words(self.word_ids(texts, allow_unknown=allow_unknown))
+
+    def _embed_words(self, ids: Tensor) -> Tensor:
         with evaluation_mode(self):
-            return self.language_motion.embed_text(self.word_ids(texts, allow_unknown=allow_unknown))
+            return torch.cat([self.language_motion.embed_text(part) for part in ids.split(_AT_ONCE)])
 
     def retrieve_clips(
         self, text: str, clips: MotionClips, count: int = 5, *, allow_unknown: bool = False
@@ -283,15 +312,20 @@ class Lamp(nn.Module):
         self, clips: MotionClips, texts: Sequence[str] | None = None, count: int = 5
     ) -> list[list[tuple[str, float]]]:
         """For each clip the sentences that fit it best, with their cosines; of `sentences` where none are given."""
-        texts = self.sentences if texts is None else texts
-        scores = self.embed_clips(clips) @ self.embed_texts(texts, allow_unknown=True).T
+        if texts is None:  # too long a sentence is cut, as it was in training
+            texts, ids = self.sentences, self.vocabulary.encode(self.sentences)
+        else:
+            ids = self.word_ids(texts, allow_unknown=True)
+        scores = self.embed_clips(clips) @ self._embed_words(ids).T
         return [_best(row, texts, count) for row in scores]
 
     def caption(self, clips: MotionClips, *, beams: int = 5) -> list[str]:
         """A sentence about each clip."""
-        vectors, valid = self.read(self.features_of(clips))
-        ids = self.captioner.write(vectors, valid, max_words=self.vocabulary.max_words, beams=beams)
-        return self.vocabulary.decode(ids)
+        found = []
+        for part in _portions(self.features_of(clips)):
+            ids = self.captioner.write(*self.read(part), max_words=self.vocabulary.max_words, beams=beams)
+            found += self.vocabulary.decode(ids)
+        return found
 
     def skeleton_of_clips(self) -> Skeleton:
         """The skeleton of the clips that the model knows.
@@ -380,6 +414,10 @@ def _padded(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     for row, clip in enumerate(clips):
         filled[row, : len(clip)] = clip
     return filled, lengths
+
+
+def _portions(clips: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    return [clips[start : start + _AT_ONCE] for start in range(0, len(clips), _AT_ONCE)]
 
 
 def _best(scores: Tensor, names: Sequence[str], count: int) -> list[tuple[str, float]]:

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import torch
 
+from coloss.data import Skeleton
 from coloss.errors import InputError
 from coloss.motion.lamp_evaluation import evaluate_lamp
 from coloss.motion.lamp_model import LAMP_SIZES, Lamp, LampSize, load_lamp, skeleton_record
@@ -25,6 +26,8 @@ def train_lamp(
     size: LampSize = "small",
     split: MotionSplit = "compositional",
     parts: Sequence[int] = (1, 2),
+    fps: float | None = None,
+    skeleton: Skeleton | None = None,
     budget: Budget | None = None,
     compare: bool = True,
     limit: int | None = None,
@@ -46,6 +49,8 @@ def train_lamp(
         size: "small" for about a thousand clips and a CPU, "paper" for the authors' sizes and GPUs.
         split: of "bandai".
         parts: of "bandai".
+        fps: of a folder of other bodies than HumanML3D's and KIT's.
+        skeleton: likewise; without it the model can be trained and measured, but neither gives nor takes joints.
         budget: of all stages together; default: as `STAGES` says.
         compare: also train and measure the two generators to compare with.
         limit: at most so many clips of each part.
@@ -71,7 +76,8 @@ def train_lamp(
     """
     if size not in get_args(LampSize):
         raise InputError(f'size must be "small" or "paper", got {size!r}')
-    motion, folder = load_text_motion(str(data), split=split, parts=parts, limit=limit), Path(folder)
+    folder = Path(folder)
+    motion = load_text_motion(str(data), split=split, parts=parts, fps=fps, skeleton=skeleton, limit=limit)
     test = motion.part(2)
     if len(test) < 2:
         raise InputError(f"{data} must hold at least two test clips, got {len(test)}")

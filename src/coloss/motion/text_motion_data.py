@@ -167,7 +167,7 @@ def load_text_motion(
     max_frames: int | None = None,
     fps: float | None = None,
     skeleton: Skeleton | None = None,
-    max_words: int = 16,
+    max_words: int | None = None,
     vocabulary_size: int = 5000,
     limit: int | None = None,
     seed: int = 0,
@@ -198,7 +198,7 @@ def load_text_motion(
         max_frames: longer clips are left out; of Bandai's set they are cut to their middle. Default: 128 of Bandai's set, else 199.
         fps: of a folder; default: 20 with 263 numbers, 12.5 with 251.
         skeleton: of a folder; default: HumanML3D's with 263 numbers, KIT's with 251, else unknown.
-        max_words: of a sentence in word ids.
+        max_words: of a sentence in word ids, longer ones are cut; default: 16 of Bandai's set, whose sentences are shorter, else 32.
         vocabulary_size: ids in all; rarer words are unknown.
         limit: at most so many clips of each part, evenly spaced among them.
         seed: of the division, where a folder names no validation or test clips.
@@ -230,7 +230,7 @@ def load_text_motion(
         found = read_text_motion_folder(
             path, min_frames=min_frames, max_frames=max_frames or 199, fps=fps, skeleton=skeleton, limit=limit
         )
-        return _of_folder(path, found, max_words, vocabulary_size, seed)
+        return _of_folder(path, found, 32 if max_words is None else max_words, vocabulary_size, seed)
     if split not in get_args(MotionSplit):
         raise InputError(f"split must be one of {', '.join(get_args(MotionSplit))}, got {split!r}")
     if not parts or not set(parts) <= {1, 2}:
@@ -246,7 +246,12 @@ def load_text_motion(
         rows = [np.flatnonzero(clips.split == part) for part in range(3)]
         clips = clips.select(np.concatenate([evenly(part, limit) for part in rows]))
     return _of_clips(
-        clips, frames, 8 if min_frames is None else min_frames, max_frames or 128, max_words, vocabulary_size
+        clips,
+        frames,
+        8 if min_frames is None else min_frames,
+        max_frames or 128,
+        16 if max_words is None else max_words,
+        vocabulary_size,
     )
 
 
