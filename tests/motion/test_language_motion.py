@@ -105,14 +105,17 @@ def test_padding_is_neither_memory_nor_target() -> None:
     method = LanguageMotionPretraining(CODES)
     step, terms = one_step(method)
     batch = step.state.batch
-    motions = batch.inputs.clone()
-    motions[0, 2:] = 100.0
     step.state.generator.manual_seed(0)
     first = step(Batch(batch.inputs, extras=batch.extras))
-    step.state.generator.manual_seed(0)
-    again = step(Batch(motions, extras=batch.extras))
-    for name in terms:
-        torch.testing.assert_close(first[name], again[name])
+    for filling in (100.0, torch.nan):
+        motions = batch.inputs.clone()
+        motions[0, 2:] = filling
+        step.state.generator.manual_seed(0)
+        again = step(Batch(motions, extras=batch.extras))
+        for name in terms:
+            torch.testing.assert_close(first[name], again[name])
+    step.backward(again)
+    assert all(p.grad.isfinite().all() for p in step.trainable if p.grad is not None)
 
 
 def test_a_batch_of_one_and_a_batch_of_one_text_work() -> None:

@@ -120,6 +120,17 @@ def test_a_memory_without_a_valid_token_gives_finite_queries() -> None:
     torch.testing.assert_close(found[1], queries[1] + attention.output.bias)
 
 
+def test_padding_of_a_memory_may_hold_anything() -> None:
+    attention, queries, memory = MemoryAttention(8, 5, 2), torch.randn(2, 3, 8), torch.randn(2, 4, 5)
+    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+    expected = attention(queries, memory, valid)
+    memory[1, 2:] = torch.nan
+    found = attention(queries, memory, valid)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in attention.parameters())
+
+
 def test_half_precision_is_finite() -> None:
     network = new_network().bfloat16()
     found = network(WORDS, torch.randn(2, 7, 5).bfloat16())

@@ -234,7 +234,7 @@ class LanguageMotionPretraining(Method):
         words = state.batch.extras["words"]
         valid = motion.codes >= 0
         found: dict[str, Tensor] = {}
-        memory = model.motion_memory(motion.vectors.to(model.motion_projection.weight.dtype))
+        memory = model.motion_memory(motion.vectors.to(model.motion_projection.weight.dtype), valid)
         reading = network.read_memory(memory, valid)
         if self.losses & {"contrastive", "matching"}:
             queries = model.motion_head(reading.queries)

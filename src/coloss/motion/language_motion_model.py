@@ -98,9 +98,11 @@ class LanguageMotionModel(nn.Module):
         return self.transformer.dim
 
     def motion_memory(
-        self, tokens: Float[Tensor, "batch tokens motion_dim"]
+        self,
+        tokens: Float[Tensor, "batch tokens motion_dim"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens memory_dim"]:
-        """What the queries look at, of motion tokens.
+        """What the queries look at, of motion tokens; what stands at padding, NaN included, reaches neither result nor gradient.
 
         Raises:
             ValueError: for tokens of another width, or too many.
@@ -109,6 +111,8 @@ class LanguageMotionModel(nn.Module):
             raise ValueError(
                 f"tokens must be at most {self.max_tokens} of width {self.motion_dim}, got {tuple(tokens.shape[1:])}"
             )
+        if valid is not None:
+            tokens = torch.where(valid[..., None], tokens, 0.0)
         return self.motion_positions(self.motion_projection(tokens))
 
     def read_motion(
@@ -122,7 +126,7 @@ class LanguageMotionModel(nn.Module):
             tokens: of the motion encoder.
             valid: False for padding.
         """
-        return self.transformer.read_memory(self.motion_memory(tokens), valid)
+        return self.transformer.read_memory(self.motion_memory(tokens, valid), valid)
 
     def read_text_by_queries(
         self, words: Int[Tensor, "batch words"], projection: nn.Module | None = None

@@ -114,6 +114,9 @@ class MemoryAttention(nn.Module):
         memory: Float[Tensor, "batch tokens memory_dim"],
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
+        if valid is not None:
+            # Chosen, not only masked: padding must not reach the result as 0 * NaN.
+            memory = torch.where(valid[..., None], memory, 0.0)
         asked = self.query(self.query_norm(queries)).unflatten(2, (self.heads, -1)).transpose(1, 2)
         told = self.key_value(self.memory_norm(memory)).unflatten(2, (2, self.heads, -1))
         keys, values = told.permute(2, 0, 3, 1, 4)
