@@ -131,6 +131,7 @@ def test_a_card_tells_all_of_a_system(coloss, measured):
     ):
         assert part in out
     assert "none yet: coloss verify dhkd" in coloss("show", "dhkd").out
+    assert "  size=small\n" in coloss("show", "lamp").out and "--set" not in out
     found = json.loads(coloss("show", "trp", "--json").out)
     assert found["slug"] == "trp" and "min  L(W)" in found["docstring"] and ">>>" in found["example"]
 

@@ -1,5 +1,6 @@
 """The catalog reads rooms without importing them, and says so when it cannot."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,18 @@ def test_no_public_name_is_hidden_by_a_module_of_that_name():
     modules = {path.stem for path in Path(coloss.lab.__file__).parent.glob("*.py")}
     assert {"Comparison", "verify", "find_task"} <= set(coloss.lab.__all__)
     assert not modules & set(coloss.lab.__all__)
+
+
+def test_options_of_a_run_are_shown_as_they_are_typed():
+    from coloss.lab.arms import read_options
+    from coloss.motion import train_lamp
+
+    options = find_entry("lamp").options
+    assert options["size"] == "small" and options["parts"] == "[1, 2]" and options["limit"] == "none"
+    assert "seed" not in options and "folder" not in options
+    read = read_options("lamp", train_lamp, [f"{name}={value}" for name, value in options.items()])
+    defaults = inspect.signature(train_lamp).parameters
+    assert {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()} == {
+        name: defaults[name].default for name in options
+    }
+    assert find_entry("trp").options == {}

@@ -94,6 +94,9 @@ def show(
     if lines := commands(entry):
         console.print("[bold]Use[/]")
         _print_block(console, "\n".join(f"  {line}" for line in lines))
+    if options := entry.options:
+        console.print("[bold]Options of the run[/]  --set NAME=VALUE")
+        _print_block(console, "\n".join(f"  {name}={value}" for name, value in options.items()))
     if entry.has_profile:
         _print_profile(console, entry)
     _print_evidence(console, entry, found)

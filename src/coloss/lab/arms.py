@@ -10,7 +10,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from coloss.data.text import import_callable
 from coloss.errors import InputError, UnknownNameError, suggest_names
-from coloss.lab.catalog import catalog, find_entry, import_name
+from coloss.lab.catalog import RUN_FLAGS, catalog, find_entry, import_name
 from coloss.lab.records import ArmRecord, trial_path
 from coloss.train.method import Method
 from coloss.train.system import Arm
@@ -166,8 +166,7 @@ def read_options(slug: str, recipe: Callable[..., Any], written: Sequence[str]) 
     if len(set(names)) < len(names):
         raise InputError(f"an option may be set once, got {', '.join(names)}")
     options = {name: value for pair in pairs for name, value in pair.items()}
-    flags = ("data", "folder", "budget", "seed", "progress")
-    known = {name: kind for name, kind in _hints(recipe).items() if name not in flags}
+    known = {name: kind for name, kind in _hints(recipe).items() if name not in RUN_FLAGS}
     _check_values(slug, known, options)
     return options
 

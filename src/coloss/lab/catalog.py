@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import re
 from dataclasses import dataclass, fields
 from functools import cache
@@ -84,10 +85,28 @@ class Entry:
                     return found
         return ""
 
+    @property
+    def options(self) -> dict[str, str]:
+        """What `coloss run --set` can set, and the defaults as they would be typed, read from the source of its recipe; empty without one."""
+        if self.recipe is None:
+            return {}
+        family, name = PACKAGE / self.family, self.recipe.rpartition(".")[2]
+        module = _homes(family / "__init__.py").get(name, self.module.rpartition(".")[2])
+        for node in ast.parse((family / f"{module}.py").read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                pairs = zip(node.args.kwonlyargs, node.args.kw_defaults)
+                given = {argument.arg: _typed(value) for argument, value in pairs if value is not None}
+                return {key: text for key, text in given.items() if key not in RUN_FLAGS}
+        return {}
+
     def as_json(self) -> dict[str, Any]:
         """The entry as `coloss list --json` prints it."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "docstring"}
         return found | {"summary": self.summary, "evidence": self.evidence}
+
+
+RUN_FLAGS = ("data", "folder", "budget", "seed", "progress")
+"""Arguments of a complete system's recipe for which `coloss run` has flags, or a bar."""
 
 
 @cache
@@ -142,6 +161,15 @@ def import_name(path: str) -> Any:
 
 
 @cache
+def _typed(default: ast.expr) -> str:
+    """A default value as a user types it."""
+    try:
+        value = ast.literal_eval(default)
+    except ValueError:
+        return ast.unparse(default)
+    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")
+
+
 def _homes(init: Path) -> dict[str | None, str]:
     """Modules of a family that its `__init__` takes names from, by name."""
     tree = ast.parse(init.read_text(encoding="utf-8"))

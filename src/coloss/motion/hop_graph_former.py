@@ -13,15 +13,15 @@ with layer norms L and learnt M, W, U, V. With K = 0 this is ordinary attention 
 convolution (Zhao et al., 2019, arXiv 1904.03345). M begins as A, so that a ring begins as its mean.
 
 When it helps: against graph convolutions, whose joints see as many bones as there are layers, and soon in training. Measured on Bandai-Namco
-motion seen by known cameras with noise, 400 batches of 64 poses (5 seeds): 86.7 mm mean joint distance, 99.9 for a one-hop convolution of as many
-parameters and operations (difference -13.1 mm, 95% interval -24.3 to -2.0). Training rests on a plateau of 92 to 102 mm, that of answering
-without depth, before it learns depth; hop attention leaves it sooner, and when is largely chance. After 800 batches hop attention had 60.5 and
-the convolution 92.9 (validation poses, one seed).
+motion seen by known cameras with noise, 800 batches of 64 poses (5 seeds): 60.9 mm mean joint distance, 83.3 for a one-hop convolution of as many
+parameters and operations (difference -22.4 mm, 95% interval -24.7 to -20.2). Training rests on a plateau of 92 to 102 mm, that of answering
+without depth, before it learns depth; hop attention leaves it sooner. With twice the batches a convolution of eight layers had 64.3 (validation
+poses, one seed).
 
-When not: where a plain MLP will do. With the same first two seeds after 400 batches hop attention had 79.6 mm and `ResidualLifter` with as
-many parameters 81.7, no difference shown, at a sixteenth of the operations. The same seeds, too: limb refinement 75.2 (with 2.4 times the
-parameters), full attention 90.3, the three rings without attention 100.1: the attention does it, not the rings. On a CPU attention among so
-few joints takes longer than its operations say.
+When not: where a plain MLP will do. `ResidualLifter` with as many parameters had 63.0 mm on the first two seeds, hop attention 59.4 on these, at
+sixteen times the operations and with a rate that was searched further. The same seeds, too: limb refinement 60.8 (with 2.4 times the parameters),
+the three rings without attention 97.0: the attention does it, not the rings; full attention of a width of 60 once 70.5 and once still on the
+plateau. On a CPU attention among so few joints takes longer than its operations say.
 
 The root is predicted like any joint and subtracted, so it is exactly 0. Mirrored training data (`MirrorPoses`) must swap left and right
 joints; the limbs need nothing, each is fed by its joints' places.
