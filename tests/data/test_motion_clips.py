@@ -102,13 +102,31 @@ def test_common_layout_is_measured_in_torsos() -> None:
         common_layout(made_clips())
 
 
-def test_bandai_holds_out_pairs_of_which_each_half_was_seen() -> None:
+def test_common_layout_divides_each_clip_once_and_looks_at_the_clips_given_alone() -> None:
+    clips = load_motion("msr-action3d")
+    some = clips.select([3, 7])
+    twice = common_layout(clips.select([3, 3, 7]))
+    np.testing.assert_array_equal(twice.clip(0), twice.clip(1))
+    again = [common_layout(part) for part in (some, replace(some, joints=some.joints.copy()))]
+    elsewhere = some.joints.copy()
+    elsewhere[: some.start[0]] *= 100
+    other = common_layout(replace(some, joints=elsewhere))
+    for index in range(2):
+        np.testing.assert_array_equal(again[0].clip(index), other.clip(index))
+    flat = some.joints.copy()
+    flat[some.start[1] : some.start[1] + some.length[1]] = 0
+    with pytest.raises(InputError, match="clip '7' must show hips and neck apart"):
+        common_layout(replace(some, joints=flat))
+
+
+@pytest.mark.parametrize("label", ["action", "style"])
+def test_bandai_holds_out_pairs_of_which_each_half_was_seen(label: str) -> None:
     clips = load_motion("bandai")
     held = held_out_pairs(clips)
     pairs = {(a, s) for a, s in zip(clips.labels["action"][held], clips.labels["style"][held])}
     # One clip of the smaller part has a held-out pair too: whoever trains on both parts must leave it out.
     assert len(pairs) == 20 and (held & (clips.labels["part"] == 2)).sum() == 397 and held.sum() == 398
-    splits = motion_splits("bandai", frames=4)
+    splits = motion_splits("bandai", frames=4, label=label)
     assert len(splits.train) + len(splits.validation) == 1000 and len(splits.test) == 397
 
     def pairs_of(part) -> set:
@@ -117,6 +135,12 @@ def test_bandai_holds_out_pairs_of_which_each_half_was_seen() -> None:
 
     assert not pairs_of(splits.test) & (pairs_of(splits.train) | pairs_of(splits.validation))
     assert not pairs_of(splits.train) & pairs_of(splits.validation)
+
+
+def test_a_selection_of_bandai_is_divided_like_the_whole() -> None:
+    clips = load_motion("bandai")
+    some = motion_splits(clips.select(np.isin(clips.labels["action"], [9, 10, 11, 13])), frames=4)
+    assert min(len(some.train), len(some.validation), len(some.test)) > 0
 
 
 @pytest.mark.parametrize(
@@ -142,6 +166,28 @@ def test_own_clips_are_cut_by_person_where_persons_are_named() -> None:
     assert len(set.union(*subjects)) == 5
     limited = motion_splits(made_clips(), frames=4, limit=4)
     assert max(len(limited.train), len(limited.validation), len(limited.test)) <= 4
+
+
+def test_a_limit_leaves_no_class_untrained() -> None:
+    clips = made_clips(60)
+    labels = {"action": np.where(np.arange(60) % 20 == 3, 1, 0)}
+    for seed in range(5):
+        splits = motion_splits(replace(clips, labels=labels), frames=4, limit=3, seed=seed)
+        assert set(splits.train.targets.tolist()) == {0, 1}
+        alone = motion_splits(replace(clips, labels=labels), frames=4, limit=1, seed=seed)
+        assert set(alone.test.targets.tolist()) <= set(alone.train.targets.tolist())
+        assert alone.num_classes == 2
+
+
+def test_too_few_persons_are_cut_by_clip_and_the_description_says_so() -> None:
+    clips = made_clips(30)
+    two = replace(clips, labels=dict(clips.labels) | {"subject": np.arange(30) % 2})
+    assert "parts drawn by clip" in motion_splits(two, frames=4).description
+    assert "parts cut by subject" in motion_splits(clips, frames=4).description
+    # Who the person is cannot be learnt where nobody is in two parts.
+    assert "parts drawn by clip" in motion_splits(clips, frames=4, label="subject").description
+    named = replace(clips, split=np.repeat([0, 1, 2], 10).astype(np.uint8))
+    assert "parts as the clips name them" in motion_splits(named, frames=4).description
 
 
 def test_what_a_recogniser_cannot_use_is_refused() -> None:

@@ -7,6 +7,7 @@ from coloss.data import (
     Skeleton,
     axis_mask,
     canonical_joints,
+    crop_and_shear,
     default_views,
     facing,
     joint_noise,
@@ -108,7 +109,26 @@ def test_views_are_functions_of_the_generator_alone(clips) -> None:
 def test_default_views_of_clips_are_crops_and_shears(clips) -> None:
     views = default_views(clips[..., None], 2, torch.Generator().manual_seed(0))
     assert views.shape == (2, 5, 3, 9, 4, 1)
+    assert torch.equal(views, crop_and_shear(clips[..., None], 2, torch.Generator().manual_seed(0)))
     assert not torch.equal(views[0], views[1])
+    assert torch.equal(crop_and_shear(clips, 2, padding=0.0, amplitude=0.0), torch.stack([clips, clips]))
+
+
+def test_a_video_is_no_clip_of_a_skeleton() -> None:
+    with pytest.raises(ValueError, match="to have default views, got shape .2, 3, 4, 16, 16.: give a view"):
+        default_views(torch.rand(2, 3, 4, 16, 16))
+
+
+def test_a_body_that_faces_nowhere_is_not_turned() -> None:
+    """Hips and shoulders in one point: neither values nor gradients may be NaN."""
+    skeleton = SKELETONS["bandai"]
+    joints = torch.zeros(1, 3, 21, 3)
+    joints[..., skeleton.joint("Head"), :] = torch.tensor([1.0, 2.0, 3.0])
+    joints.requires_grad_()
+    out = canonical_joints(joints, skeleton)
+    assert torch.equal(out, joints)
+    out.sum().backward()
+    assert bool(joints.grad.isfinite().all())
 
 
 def test_a_canonical_clip_does_not_know_where_it_was_recorded() -> None:
@@ -129,6 +149,10 @@ def test_bad_arguments_are_named(clips, as_users_call) -> None:
         skeleton_streams(clips, [-1, 0, 1])
     with pytest.raises(ValueError, match=r"padding must be in \[0, 9\), got 9"):
         temporal_crop(clips, 9)
+    with pytest.raises(ValueError, match="views must be >= 1, got 0"):
+        crop_and_shear(clips, 0)
+    with pytest.raises(ValueError, match=r"padding must be in \[0, 1\), got 1.0"):
+        crop_and_shear(clips, padding=1.0)
     with pytest.raises(ValueError, match="amplitude must be >= 0, got -1"):
         shear(clips, -1)
     with pytest.raises(ValueError, match='axis must be letters of "xyz", got'):

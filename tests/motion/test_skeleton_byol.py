@@ -22,7 +22,6 @@ from coloss.motion import (
     StreamEncoder,
     StreamHeads,
     byol_loss,
-    crop_and_shear,
     cross_model_loss,
 )
 from coloss.motion.skeleton_pretraining_trial import pretraining_task
@@ -117,12 +116,16 @@ def test_streams_are_what_their_names_say() -> None:
     torch.testing.assert_close(heads(model(x))[:, 1], heads.heads[1](apart[1]))
 
 
-def test_views_are_of_the_clip_and_differ() -> None:
-    x = clips(frames=6)
-    views = crop_and_shear(x, 3, torch.Generator().manual_seed(1))
-    assert views.shape == (3, *x.shape)
-    assert not torch.equal(views[0], views[1])
-    assert torch.equal(crop_and_shear(x, 2, padding=0.0, amplitude=0.0), torch.stack([x, x]))
+def test_who_stands_still_is_present_in_streams_of_motion() -> None:
+    """The trap: in the motion of persons 0 means standing still, and not that nobody is there."""
+    model = StreamEncoder(encoder(), ("motion",), PARENTS).eval()
+    moving = clips(2)
+    still = moving[:, :, :1].expand_as(moving)
+    alone, none = model(moving[..., None]), torch.zeros_like(moving)
+    resting = model.encoders["motion"](none, torch.ones(2, 1, dtype=torch.bool))
+    assert resting.abs().max() > 0
+    torch.testing.assert_close(model(torch.stack([moving, still], -1)), (alone + resting) / 2)
+    torch.testing.assert_close(model(torch.stack([moving, none], -1)), alone)
 
 
 def trained(method: SkeletonBYOL, steps: int = 2) -> coloss.Fit:
@@ -246,8 +249,6 @@ def test_the_lab_builds_it_with_the_skeleton_of_the_data() -> None:
         ),
         (lambda: StreamEncoder(nn.Identity(), ("joint",), PARENTS), "does not declare the width"),
         (lambda: StreamHeads(0, 4, (2,)), "streams must be >= 1, got 0"),
-        (lambda: crop_and_shear(clips(), 0), "views must be >= 1, got 0"),
-        (lambda: crop_and_shear(clips(), padding=1.0), r"padding must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:

@@ -108,6 +108,32 @@ def test_persons_that_are_not_there_change_nothing() -> None:
     assert torch.equal(encoder(torch.zeros(2, 3, 8, 4)), torch.zeros(2, 8))
 
 
+@pytest.mark.parametrize("persons", [0, 2])
+def test_clips_without_anybody_leave_the_statistics_alone(persons: int) -> None:
+    encoder = SkeletonEncoder(PARTITION, widths=(8, 6), strides=(1, 2))
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert torch.equal(encoder(torch.zeros(2, 3, 7, 4, persons)), torch.zeros(2, 6))
+    assert encoder.maps(torch.zeros(2, 3, 7, 4, persons)).shape == (2 * persons, 6, 4, 4)
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_a_batch_of_no_clips_has_no_vectors() -> None:
+    encoder = SkeletonEncoder(PARTITION, widths=(8, 6), strides=(1, 2))
+    assert encoder(torch.zeros(0, 3, 7, 4)).shape == (0, 6)
+    assert encoder.maps(torch.zeros(0, 3, 7, 4, 2)).shape == (0, 6, 4, 4)
+    assert bool(encoder.norm.running_mean.isfinite().all())
+
+
+def test_the_caller_may_say_who_is_present() -> None:
+    torch.manual_seed(2)
+    encoder = SkeletonEncoder(PARTITION, widths=(8,), strides=(1,)).eval()
+    clips = torch.randn(2, 3, 8, 4, 2)
+    first = torch.tensor([[True, False], [True, False]])
+    assert torch.allclose(encoder(clips, first), encoder(clips[..., :1]), atol=1e-6)
+    with pytest.raises(ValueError, match=r"present must be \(2, 2\), got \(2, 1\)"):
+        encoder(clips, first[:, :1])
+
+
 def test_each_joint_has_its_own_normalisation() -> None:
     encoder = SkeletonEncoder(PARTITION, widths=(8,), strides=(1,))
     clips = torch.randn(16, 3, 8, 4)
@@ -135,6 +161,14 @@ def test_regions_pooled_apart_add_up_to_the_whole() -> None:
     assert torch.allclose(everything, maps.mean((2, 3)), atol=1e-6) and torch.equal(
         nothing, torch.zeros(3, 5)
     )
+
+
+def test_regions_of_half_precision_do_not_overflow() -> None:
+    maps = torch.full((1, 1, 70, 100), 30.0, dtype=torch.float16)
+    mask = torch.arange(100) < 50
+    inside, outside = masked_pool(maps, mask.expand(70, 100))
+    assert inside.dtype == torch.float16
+    assert inside.tolist() == outside.tolist() == [[30.0]]
 
 
 def test_a_nan_stays_in_its_region() -> None:

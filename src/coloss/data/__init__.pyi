@@ -70,6 +70,7 @@ from .segmentation import load_segmentation as load_segmentation
 from .skeleton import Skeleton as Skeleton
 from .skeleton_views import axis_mask as axis_mask
 from .skeleton_views import canonical_joints as canonical_joints
+from .skeleton_views import crop_and_shear as crop_and_shear
 from .skeleton_views import facing as facing
 from .skeleton_views import joint_noise as joint_noise
 from .skeleton_views import mirror_skeleton as mirror_skeleton

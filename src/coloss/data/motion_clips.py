@@ -371,7 +371,7 @@ def common_layout(clips: MotionClips) -> MotionClips:
     """Clips of different bodies in fifteen joints that all of them have, in one unit: the length from hips to neck.
 
     Each clip is scaled by its own median length; screen units, whose depth is another unit than the rest, are first brought to equal spread
-    along the three axes.
+    along the three axes, that of the clips given. Clips that share frames get frames of their own.
 
     Args:
         clips: of `bandai`, `hdm05` or `msr-action3d`.
@@ -380,22 +380,33 @@ def common_layout(clips: MotionClips) -> MotionClips:
         Clips of the skeleton `coloss.data.skeleton.COMMON`, in units "torso".
 
     Raises:
-        InputError: for another source.
+        InputError: for another source, or a clip of which hips and neck are never seen apart.
     """
     if clips.source not in COMMON_JOINTS:
         raise InputError(
             f"clips must come from {', '.join(COMMON_JOINTS)} to be brought to the common layout, got {clips.source or 'clips of your own'!r}"
         )
-    joints = clips.joints[:, list(COMMON_JOINTS[clips.source])].copy()
-    hips = joints[:, [COMMON.joint("left_hip"), COMMON.joint("right_hip")]].mean(1)
-    if clips.units == "screen":
+    kept = list(COMMON_JOINTS[clips.source])
+    hip, other_hip, neck = (COMMON.joint(name) for name in ("left_hip", "right_hip", "neck"))
+    own = [clips.clip(index)[:, kept] for index in range(len(clips))]
+    joints = np.concatenate(own) if own else clips.joints[:0, kept]
+    start = np.cumsum(clips.length) - clips.length
+    hips = joints[:, [hip, other_hip]].mean(1)
+    if clips.units == "screen" and len(joints):
         spread = np.nanstd(joints - hips[:, None], axis=(0, 1))
         joints *= np.float32(spread[1]) / spread.astype(np.float32)
-        hips = joints[:, [COMMON.joint("left_hip"), COMMON.joint("right_hip")]].mean(1)
-    torso = np.linalg.norm(joints[:, COMMON.joint("neck")] - hips, axis=-1)
-    for begin, count in zip(clips.start, clips.length):
-        joints[begin : begin + count] /= np.nanmedian(torso[begin : begin + count])
-    return replace(clips, joints=joints, skeleton=COMMON, units="torso")
+        hips = joints[:, [hip, other_hip]].mean(1)
+    torso = np.linalg.norm(joints[:, neck] - hips, axis=-1)
+    for name, begin, count in zip(clips.names, start, clips.length):
+        seen = torso[begin : begin + count]
+        seen = seen[~np.isnan(seen)]
+        median = np.median(seen) if len(seen) else np.float32(0)
+        if not median > 0:
+            raise InputError(
+                f"clip {name!r} must show hips and neck apart to be measured by the length between them"
+            )
+        joints[begin : begin + count] /= median
+    return replace(clips, joints=joints, start=start, skeleton=COMMON, units="torso")
 
 
 def _own(path: Path) -> MotionClips:

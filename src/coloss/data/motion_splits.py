@@ -1,5 +1,6 @@
 """Clips of motion, ready for a recogniser: a fixed number of frames, divided so that the test asks for what was never seen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,19 +45,21 @@ def motion_splits(
     Each clip keeps its middle 95 %, is interpolated to `frames` frames, moved so that the root begins at the origin, and divided by the
     spread of the training part (one number; for screen units one for each axis).
 
-    - `bandai`: the larger part of the set, 10 actions in 7 styles; the test holds 20 of the 70 (action, style) pairs (`held_out_pairs`),
-      the validation part 10 others drawn by seed. A random division would be solved by the nearest neighbour of raw coordinates.
+    - `bandai`, whatever the label: the larger part of the set, 10 actions in 7 styles; the test holds 20 of the 70 (action, style) pairs
+      (`held_out_pairs`), the validation part 10 others drawn by seed. A random division would be solved by the nearest neighbour of raw
+      coordinates. (Only for the label `part` are clips of both parts taken.)
     - `msr-action3d`, `hdm05`: test persons are others, as in the literature; one training person, drawn by seed, validates.
     - `sfinge-hands`: test takes as stored; a fifth of the training takes, drawn by seed, validates. One person may be in both.
-    - Clips of your own: the parts that they name. A missing part is cut by person where a label names persons (subject, actor, person,
-      recording), else by clip, evenly over the classes.
+    - Clips of your own: the parts that they name. A missing part is cut by person where a label other than the class names enough of them
+      (subject, actor, person, recording), else by clip, evenly over the classes; the description says which.
 
     Args:
         source: as `load_motion` takes it, or clips.
         label: the class; the first one that the source has by default.
         frames: of every clip, >= 1.
         seed: of what is drawn.
-        limit: clips in each part at most, drawn by seed.
+        limit: clips in each part at most, drawn by seed. As many classes as that allows are trained on; the other parts hold clips of
+            these alone, where they have any.
 
     Raises:
         InputError: if there is no such label, a part would be empty, a joint is never seen in a clip, or no clip of a test class was ever
@@ -87,7 +90,7 @@ def motion_splits(
     unseen = np.setdiff1d(clips.labels[chosen][parts[TEST]], clips.labels[chosen][parts[TRAIN]])
     if len(unseen):
         raise InputError(f"{name}: class {int(unseen[0])} of {chosen} is tested but has no training clip")
-    data = [_limited(part, limit, random) for part in parts]
+    data = parts if limit is None else _limited(parts, clips.labels[chosen], limit, random)
     for part_name, rows in zip(("train", "validation", "test"), data):
         if not len(rows):
             raise InputError(f"{name} has no clips for {part_name}: give at least 3 clips of each class")
@@ -141,26 +144,31 @@ def _parts(
 ) -> tuple[list[NDArray[np.int64]], str]:
     """Numbers of the training, validation and test clips, and how they were divided."""
     everything = np.arange(len(clips))
-    if clips.source == "bandai" and label == "action":
-        dense = clips.labels["part"] == 2
-        test = held_out_pairs(clips) & dense
+    if clips.source == "bandai":
+        among = np.ones(len(clips), bool) if label == "part" else clips.labels["part"] == 2
         pairs = clips.labels["action"] * 1000 + clips.labels["style"]
-        held = random.choice(np.unique(pairs[dense & ~test]), 10, replace=False)
-        validation = np.isin(pairs, held) & dense
-        rest = dense & ~test & ~validation
+        test = held_out_pairs(clips) & among
+        others = np.unique(pairs[among & ~test])
+        held = random.choice(others, round(len(others) / 5), replace=False)
+        validation = np.isin(pairs, held) & among
+        rest = among & ~test & ~validation
+        count = len(np.unique(pairs[test]))
         return [everything[rest], everything[validation], everything[test]], (
-            "test on 20 pairs of action and style that nobody trained on, validation on 10 others"
+            f"test on {count} pairs of action and style that nobody trained on, validation on {len(held)} others"
         )
     train, validation, test = (everything[clips.split == part] for part in (TRAIN, VALIDATION, TEST))
-    group = next((name for name in PERSONS if name in clips.labels), None)
-    if clips.source == "sfinge-hands":
-        group = "take"
+    names = ("take",) if clips.source == "sfinge-hands" else PERSONS
+    group = next((name for name in names if name in clips.labels and name != label), None)
+    missing = (not len(validation)) + (not len(test))
+    if group is not None and len(np.unique(clips.labels[group][train])) <= missing:
+        group = None
     if not len(test):
         train, test = _cut(clips, train, label, group, random)
     if not len(validation):
         train, validation = _cut(clips, train, label, group, random)
-    how = f"parts share no {group}" if group else "parts drawn by clip"
-    return [train, validation, test], how
+    if not missing:
+        return [train, validation, test], "parts as the clips name them"
+    return [train, validation, test], f"parts cut by {group}" if group else "parts drawn by clip"
 
 
 def _cut(
@@ -183,8 +191,24 @@ def _cut(
     return rows[~held], rows[held]
 
 
-def _limited(rows: NDArray[np.int64], limit: int | None, random: np.random.Generator) -> NDArray[np.int64]:
-    return rows if limit is None or len(rows) <= limit else np.sort(random.permutation(rows)[:limit])
+def _limited(
+    parts: Sequence[NDArray[np.int64]], labels: NDArray[np.int64], limit: int, random: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Some clips of each part; of the training part one of each class first, of the others those of classes that are trained on, if any."""
+    found: list[NDArray[np.int64]] = []
+    for number, rows in enumerate(parts):
+        if number:
+            trained = np.isin(labels[rows], labels[found[TRAIN]])
+            rows = rows[trained] if trained.any() else rows
+        if len(rows) > limit:
+            drawn = random.permutation(rows)
+            if number == TRAIN:
+                first = np.zeros(len(drawn), bool)
+                first[np.unique(labels[drawn], return_index=True)[1]] = True
+                drawn = np.concatenate([drawn[first], drawn[~first]])
+            rows = np.sort(drawn[:limit])
+        found.append(rows)
+    return found
 
 
 def _inputs(clips: MotionClips, frames: int) -> Tensor:

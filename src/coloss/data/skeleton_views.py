@@ -110,6 +110,44 @@ def shear(clips: Clips, amplitude: float = 0.5, generator: torch.Generator | Non
     return _linear(clips, matrices)
 
 
+def crop_and_shear(
+    clips: Clips,
+    views: int = 2,
+    generator: torch.Generator | None = None,
+    *,
+    padding: float = 1 / 6,
+    amplitude: float = 0.5,
+) -> Float[Tensor, "views clips channels frames joints *persons"]:
+    """Random views of clips: a window at random in the clip continued by its mirror image in time, then a shear of space.
+
+    One draw for each clip and view, batched.
+
+    Args:
+        clips: (clips, 3, frames, joints) or that with persons.
+        views: of each clip, >= 1.
+        generator: decides every choice.
+        padding: share of the frames that the clip is continued by at each end, in [0, 1).
+        amplitude: of the shear, >= 0.
+
+    Returns:
+        (views, clips, ...).
+
+    Raises:
+        ValueError: for a value out of range, or other than 3 channels.
+
+    Examples:
+        >>> crop_and_shear(torch.rand(5, 3, 12, 4), generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 5, 3, 12, 4])
+    """
+    if views < 1:
+        raise ValueError(f"views must be >= 1, got {views}")
+    if not 0 <= padding < 1:
+        raise ValueError(f"padding must be in [0, 1), got {padding}")
+    repeated = clips.repeat(views, *[1] * (clips.ndim - 1))
+    cropped = temporal_crop(repeated, int(padding * clips.shape[2]), generator)
+    return shear(cropped, amplitude, generator).unflatten(0, (views, len(clips)))
+
+
 def rotate_joints(
     clips: Clips, degrees: float = 17.0, axis: str = "xyz", generator: torch.Generator | None = None
 ) -> Clips:
@@ -202,6 +240,8 @@ def canonical_joints(
 ) -> Float[Tensor, "*clips frames joints 3"]:
     """Clips as seen from where they begin: the root of the first frame above the origin, facing +z, the lowest joint on the floor (y = 0).
 
+    A body that faces nowhere (hips and shoulders in one point or one above the other) is not turned.
+
     Args:
         joints: positions; y up.
         skeleton: whose `face` tells where the body looks.
@@ -217,8 +257,11 @@ def canonical_joints(
     """
     forward = facing(joints[..., :1, :, :], skeleton)
     with without_autocast(joints.device):
-        angle = torch.atan2(forward[..., 0], forward[..., 2])
-        turn = axis_rotation(-angle.reshape(-1), "y").view(*angle.shape, 3, 3).to(joints.dtype)
+        x, z = forward[..., 0], forward[..., 2]
+        z = torch.where((x == 0) & (z == 0), 1.0, z)
+        none = torch.zeros_like(x)
+        # The direction itself says how to turn: an angle has no gradient where the direction is 0.
+        turn = torch.stack([z, none, -x, none, none + 1, none, x, none, z], -1).unflatten(-1, (3, 3))
         root = joints[..., :1, skeleton.root, :]
         moved = (
             joints

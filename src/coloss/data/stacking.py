@@ -7,11 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coloss.data.skeleton_views import shear, temporal_crop
+from coloss.data.skeleton_views import crop_and_shear
 from coloss.data.views import random_views, series_views, small_image_views, vector_views
 from coloss.errors import InputError
 
 View: TypeAlias = Callable[..., Tensor | Sequence[Tensor]]
+MOST_PERSONS = 7
+"""In clips of skeletons that get default views: a larger last dimension is taken for the width of a video."""
 
 
 def default_views(
@@ -21,11 +23,11 @@ def default_views(
 
     Grey images of up to 32 pixels a side are turned, shifted, scaled, brightened and occluded (`small_image_views`); other images also
     cropped, mirrored and recoloured (`random_views`); series (`series_views`) and vectors (`vector_views`) are scaled, made noisy
-    and partly masked; clips of skeletons are shifted in time and sheared (`temporal_crop`, `shear`).
+    and partly masked; clips of skeletons are shifted in time and sheared (`crop_and_shear`).
 
     Args:
         inputs: images (batch, channels, height, width), series (batch, channels, steps), vectors (batch, features) or clips
-            (batch, 3, frames, joints, persons).
+            (batch, 3, frames, joints, persons) of up to 7 persons; more would be the width of a video, which has no default views.
         views: of each sample, >= 1.
         generator: decides every choice.
 
@@ -45,13 +47,10 @@ def default_views(
         if inputs.shape[1] == 1 and max(inputs.shape[2:]) <= 32:
             return small_image_views(inputs, views, generator, occlusion=3 * side // 8)
         return random_views(inputs, views, generator)
-    if inputs.ndim == 5 and inputs.shape[1] == 3:
-        if views < 1:
-            raise ValueError(f"views must be >= 1, got {views}")
-        cropped = temporal_crop(inputs.repeat(views, 1, 1, 1, 1), generator=generator)
-        return shear(cropped, generator=generator).unflatten(0, (views, len(inputs)))
+    if inputs.ndim == 5 and inputs.shape[1] == 3 and inputs.shape[4] <= MOST_PERSONS:
+        return crop_and_shear(inputs, views, generator)
     raise ValueError(
-        f"inputs must be images, series, clips or vectors to have default views, got shape {tuple(inputs.shape)}: give a view function"
+        f"inputs must be images, series, clips of skeletons or vectors to have default views, got shape {tuple(inputs.shape)}: give a view function"
     )
 
 

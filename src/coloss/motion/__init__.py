@@ -168,7 +168,6 @@ from .momentum_prediction import BYOLOutputs as BYOLOutputs
 from .momentum_prediction import byol_loss as byol_loss
 from .momentum_prediction import cross_model_loss as cross_model_loss
 from .momentum_views import MomentumViewMethod as MomentumViewMethod
-from .momentum_views import crop_and_shear as crop_and_shear
 from .motion_captioner import FromEmbeddings as FromEmbeddings
 from .motion_captioner import MotionCaptioner as MotionCaptioner
 from .motion_captioner import caption_loss as caption_loss
@@ -398,7 +397,6 @@ __all__ = [
     "count_strides",
     "count_swings",
     "counter_signal",
-    "crop_and_shear",
     "cross_model_loss",
     "cut_windows",
     "draw_skeleton",

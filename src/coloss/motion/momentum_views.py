@@ -2,57 +2,14 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from coloss.data import View, shear, temporal_crop
+from coloss.data import View, crop_and_shear
 from coloss.errors import InputError
 from coloss.nn import ModuleEMA
 from coloss.train import State, ViewMethod
-
-if TYPE_CHECKING:
-    from coloss.data.skeleton_views import Clips
-
-
-def crop_and_shear(
-    clips: "Clips",
-    views: int = 2,
-    generator: torch.Generator | None = None,
-    *,
-    padding: float = 1 / 6,
-    amplitude: float = 0.5,
-) -> Float[Tensor, "views clips channels frames joints *persons"]:
-    """Random views of clips: a window at random in the clip continued by its mirror image in time, then a shear of space.
-
-    One draw for each clip and view, batched.
-
-    Args:
-        clips: (clips, 3, frames, joints) or that with persons.
-        views: of each clip, >= 1.
-        generator: decides every choice.
-        padding: share of the frames that the clip is continued by at each end, in [0, 1).
-        amplitude: of the shear, >= 0.
-
-    Returns:
-        (views, clips, ...).
-
-    Raises:
-        ValueError: for a value out of range, or other than 3 channels.
-
-    Examples:
-        >>> crop_and_shear(torch.rand(5, 3, 12, 4), generator=torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 5, 3, 12, 4])
-    """
-    if views < 1:
-        raise ValueError(f"views must be >= 1, got {views}")
-    if not 0 <= padding < 1:
-        raise ValueError(f"padding must be in [0, 1), got {padding}")
-    repeated = clips.repeat(views, *[1] * (clips.ndim - 1))
-    cropped = temporal_crop(repeated, int(padding * clips.shape[2]), generator)
-    return shear(cropped, amplitude, generator).unflatten(0, (views, len(clips)))
 
 
 class MomentumViewMethod(ViewMethod):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coloss.data import skeleton_streams
 from coloss.errors import InputError
-from coloss.nn import projection_head
+from coloss.nn import SkeletonEncoder, projection_head
 
 STREAMS = ("joint", "bone", "motion", "bone_motion")
 """The streams of `coloss.data.skeleton_streams`."""
@@ -20,7 +20,8 @@ class StreamEncoder(nn.Module):
 
     Args:
         encoder: takes clips (clips, channels, frames, joints[, persons]) and gives (clips, width). It serves the first stream; the others
-            get copies of it, which begin with the same weights and see other numbers.
+            get copies of it, which begin with the same weights and see other numbers. A `coloss.nn.SkeletonEncoder` is told who is present
+            by the joints, also in streams of motion.
         streams: names of `coloss.data.skeleton_streams`, distinct, at least one.
         parents: of each joint, -1 at the root.
         width: length of the encoder's feature vectors, where it has no `out_features`.
@@ -64,7 +65,15 @@ class StreamEncoder(nn.Module):
         self, clips: Float[Tensor, "clips channels frames joints *persons"]
     ) -> Float[Tensor, "clips features"]:
         found = skeleton_streams(clips, self.parents)
-        return torch.cat([self.encoders[stream](found[stream]) for stream in self.streams], 1)
+        features = []
+        for stream in self.streams:
+            encoder = self.encoders[stream]
+            if isinstance(encoder, SkeletonEncoder):
+                # Who stands still is 0 in a stream of motion, and there all the same.
+                features.append(encoder(found[stream], encoder.present(clips)))
+            else:
+                features.append(encoder(found[stream]))
+        return torch.cat(features, 1)
 
 
 class StreamHeads(nn.Module):

@@ -1,5 +1,6 @@
 """A small spatio-temporal graph network for clips of skeletons, and pooling of its maps by region."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from coloss.nn.graph_convolution import GraphConv, MultiScaleTemporalConv, RelationGraphConv, check_partition
+from coloss.ops.precision import full_precision
 
 
 class SkeletonBlock(nn.Module):
@@ -77,8 +79,9 @@ class SkeletonBlock(nn.Module):
 class SkeletonEncoder(nn.Module):
     """Clips of one or more skeletons to one vector each: normalised joints, blocks, a mean over frames, joints and persons present.
 
-    A person is present in a clip if any of his coordinates is not 0. Persons that are not are left out of the statistics of the first
-    normalisation and of the mean; a clip with nobody has a vector of 0.
+    A person is present in a clip if any of his coordinates is not 0, or as the caller says. Persons that are not are left out of the
+    statistics of every normalisation and of the mean; a clip with nobody has a vector of 0, and none of them, or no clips at all, leave the
+    statistics as they were.
 
     Args:
         partition: float (subsets, joints, joints), see `coloss.ops.graph_partition`.
@@ -142,9 +145,8 @@ class SkeletonEncoder(nn.Module):
                 )
             )
             channels = width
-        self.stride = 1
-        for stride in strides:
-            self.stride *= stride
+        self.strides = tuple(strides)
+        self.stride = math.prod(self.strides)
         self.out_features = channels
 
     def present(self, clips: Tensor) -> Bool[Tensor, "clips persons"]:
@@ -152,32 +154,52 @@ class SkeletonEncoder(nn.Module):
         five = self._with_persons(clips)
         return (five != 0).flatten(1, 3).any(1)
 
-    def maps(self, clips: Tensor) -> Float[Tensor, "people width new_frames joints"]:
+    def maps(
+        self, clips: Tensor, present: Bool[Tensor, "clips persons"] | None = None
+    ) -> Float[Tensor, "people width new_frames joints"]:
         """The last maps, before any mean, of every person: (clips x persons, width, frames / stride, joints), the persons of a clip together;
         0 for persons that are not there.
 
         Args:
             clips: (clips, channels, frames, joints) or (clips, channels, frames, joints, persons).
+            present: which persons are there; `present(clips)` by default. Give it for streams of motion, in which one who stands still
+                is 0, too.
         """
         five = self._with_persons(clips)
         people = five.permute(0, 4, 1, 2, 3).flatten(0, 1)
-        here = self.present(clips).flatten()
+        here = self._presence(clips, present).flatten()
+        if not bool(here.any()):
+            frames = people.shape[2]
+            for stride in self.strides:
+                frames = -(-frames // stride)
+            return people.new_zeros(len(people), self.out_features, frames, self.joints)
         if bool(here.all()):
             return self._network(people)
-        found = self._network(people[here]) if bool(here.any()) else self._network(people[:1])[:0]
+        found = self._network(people[here])
         out = found.new_zeros(len(people), *found.shape[1:])
         out[here] = found
         return out
 
-    def forward(self, clips: Tensor) -> Float[Tensor, "clips width"]:
+    def forward(
+        self, clips: Tensor, present: Bool[Tensor, "clips persons"] | None = None
+    ) -> Float[Tensor, "clips width"]:
         """One vector for each clip.
 
         Args:
             clips: (clips, channels, frames, joints) or (clips, channels, frames, joints, persons).
+            present: as for `maps`.
         """
-        pooled = self.maps(clips).mean((2, 3)).unflatten(0, (len(clips), -1))
-        count = self.present(clips).sum(1, keepdim=True)
-        return pooled.sum(1) / count.clamp_min(1).to(pooled.dtype)
+        here = self._presence(clips, present)
+        pooled = self.maps(clips, here).mean((2, 3)).view(*here.shape, self.out_features)
+        return pooled.sum(1) / here.sum(1, keepdim=True).clamp_min(1).to(pooled.dtype)
+
+    def _presence(self, clips: Tensor, present: Tensor | None) -> Tensor:
+        if present is None:
+            return self.present(clips)
+        five = self._with_persons(clips)
+        if present.shape != (len(five), five.shape[4]):
+            raise ValueError(f"present must be {(len(five), five.shape[4])}, got {tuple(present.shape)}")
+        return present
 
     def _network(self, people: Tensor) -> Tensor:
         # One normalisation for each channel of each joint, over clips and frames.
@@ -223,10 +245,11 @@ def masked_pool(
     grid = maps.shape[2:]
     if mask.shape not in (grid, (len(maps), *grid)):
         raise ValueError(f"mask must be {tuple(grid)} or {(len(maps), *grid)}, got {tuple(mask.shape)}")
-    flat = maps.flatten(2)
-    inside = mask.expand(len(maps), *grid).flatten(1)[:, None].to(maps.dtype)
+    # In full precision: sums and counts of large grids overflow float16.
+    flat = full_precision(maps.flatten(2))
+    inside = mask.expand(len(maps), *grid).flatten(1)[:, None]
     counts = inside.sum(2)
     # Products with the mask would carry a NaN or infinity from one region into the other.
-    within = flat.masked_fill(inside == 0, 0).sum(2) / counts.clamp_min(1)
-    without = flat.masked_fill(inside != 0, 0).sum(2) / (flat.shape[2] - counts).clamp_min(1)
-    return within, without
+    within = flat.masked_fill(~inside, 0).sum(2) / counts.clamp_min(1)
+    without = flat.masked_fill(inside, 0).sum(2) / (flat.shape[2] - counts).clamp_min(1)
+    return within.to(maps.dtype), without.to(maps.dtype)
