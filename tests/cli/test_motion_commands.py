@@ -67,6 +67,9 @@ def test_clips_by_sentence_and_sentences_by_clip(coloss, model, tmp_path):
     assert outcome.out.split(maxsplit=1)[1].strip() in ("someone walks proudly", "a person runs")
     sentences = json.loads(coloss("caption", "clips", "--model", model, "--json").out)
     assert list(sentences) == ["0", "1", "2", "tool"]
+    write_bvh(tmp_path / "centimetres.bvh", walk(20, 9), BODY, 15.0, scale=100)
+    scaled = coloss("caption", "centimetres.bvh", "--scale", "0.01", "--model", model)
+    assert scaled.out.strip() == sentences["tool"]
     alone = coloss("caption", "clips/tool.bvh", "--model", model)
     assert alone.code == 0 and alone.out.strip() == sentences["tool"]
 
@@ -87,6 +90,7 @@ def test_bad_input_is_one_line(coloss, model, tmp_path):
         (("retrieve", "clip.npz", "--texts", "none.txt", "--model", model), "none.txt cannot be read"),
         (("retrieve", "clip.npz", "--count", "0", "--model", model), "count must be >= 1"),
         (("caption", "none.npz", "--model", model), "none.npz is not there"),
+        (("caption", "none.npz", "--scale", "0", "--model", model), "scale must be > 0"),
     ):
         outcome = coloss(*arguments)
         assert (outcome.code, outcome.out) == (2, "")

@@ -265,6 +265,8 @@ def test_clips_of_files_folders_and_other_rates(tmp_path):
     bones = [np.linalg.norm(quick[:, joint] - quick[:, parent], axis=-1) for joint, parent in BODY.bones()]
     assert abs(clips.clip(2)[:, 0] - quick[::2, 0]).max() < 1e-4 and len(bones) == 6
     assert read_clips(tmp_path / "b.bvh", BODY, fps=30).names == ("b",)
+    large = read_clips(tmp_path / "a.npz", BODY, fps=15, scale=100.0).clip(1)
+    np.testing.assert_allclose(large, 100 * slow[:9], rtol=1e-5)
     for path, words in (
         (tmp_path / "none.npz", "is not there"),
         (tmp_path / "notes.txt", "must end in .npz or .bvh"),

@@ -15,6 +15,13 @@ AllowUnknown = Annotated[
     bool, typer.Option("--allow-unknown", help="Read words that the model has never seen as 'unknown'.")
 ]
 
+Scale = Annotated[
+    float,
+    typer.Option(
+        help="What positions are multiplied by: 0.01 for clips in centimetres, as most .bvh files are, and a model of metres."
+    ),
+]
+
 _MODEL = Path("runs/lamp-bandai")
 _CLIP_SUFFIXES = (".npz", ".bvh")
 
@@ -100,6 +107,7 @@ def retrieve(
     ] = None,
     count: Annotated[int, typer.Option(help="How many to show, at least 1.")] = 5,
     model: Model = _MODEL,
+    scale: Scale = 1.0,
     allow_unknown: AllowUnknown = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +126,8 @@ def retrieve(
     with status("looking"):
         from coloss.motion.clip_files import read_clips
 
-        gallery = read_clips(query if clips is None else clips, lamp.skeleton_of_clips(), lamp.fps)
+        source = query if clips is None else clips
+        gallery = read_clips(source, lamp.skeleton_of_clips(), lamp.fps, scale=scale)
         if by_clip:
             ranked = dict(zip(gallery.names, lamp.retrieve_texts(gallery, sentences, count)))
         else:
@@ -142,6 +151,7 @@ def retrieve(
 def caption(
     clips: Annotated[str, typer.Argument(help="A clip (.npz, .bvh), or a folder of clips.")],
     model: Model = _MODEL,
+    scale: Scale = 1.0,
     as_json: AsJson = False,
 ) -> None:
     """Say in a sentence what a clip shows."""
@@ -149,7 +159,7 @@ def caption(
     with status("writing"):
         from coloss.motion.clip_files import read_clips
 
-        gallery = read_clips(clips, lamp.skeleton_of_clips(), lamp.fps)
+        gallery = read_clips(clips, lamp.skeleton_of_clips(), lamp.fps, scale=scale)
         sentences = lamp.caption(gallery)
     if as_json:
         _print_json(dict(zip(gallery.names, sentences)))

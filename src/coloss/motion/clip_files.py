@@ -1,5 +1,6 @@
 """Clips from files that people have: `.npz`, `.bvh`, a folder of such, or a data set by name, at one frame rate."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from coloss.motion.bvh import read_bvh
 _SUFFIXES = (".npz", ".bvh")
 
 
-def read_clips(source: str | Path, skeleton: Skeleton, fps: float) -> MotionClips:
+def read_clips(source: str | Path, skeleton: Skeleton, fps: float, *, scale: float = 1.0) -> MotionClips:
     """All clips of a file, a folder or a data set, as clips of one skeleton and frame rate.
 
     A clip is named by its file; where a file holds several, with its own name behind a colon. Joints of a `.bvh` file are matched by their names.
@@ -23,15 +24,18 @@ def read_clips(source: str | Path, skeleton: Skeleton, fps: float) -> MotionClip
         source: path of a file, of a folder (its `.npz` and `.bvh` files, in the order of their names), or the name of a motion data set.
         skeleton: what the clips must be of.
         fps: frames per second of the result, by linear interpolation.
+        scale: what positions are multiplied by, > 0: 0.01 makes metres of the centimetres that most `.bvh` files hold.
 
     Raises:
-        InputError: if there is nothing to read, or a file does not hold clips of this skeleton; the message names the file.
+        InputError: for a scale not > 0, if there is nothing to read, or a file does not hold clips of this skeleton; the message names the file.
 
     Examples:
         >>> read_clips("nowhere", Skeleton((-1, 0)), fps=20)
         Traceback (most recent call last):
         coloss.errors.InputError: nowhere is not there
     """
+    if not (scale > 0 and math.isfinite(scale)):
+        raise InputError(f"scale must be > 0, got {scale}")
     path = Path(source).expanduser()
     if str(source) in SKELETONS:
         found = [_matched(load_motion(str(source)), skeleton, str(source), alone=True)]
@@ -47,7 +51,7 @@ def read_clips(source: str | Path, skeleton: Skeleton, fps: float) -> MotionClip
     clips, names = [], []
     for part in found:
         for index in range(len(part)):
-            clips.append(at_rate(part.clip(index), part.fps, fps))
+            clips.append(at_rate(part.clip(index), part.fps, fps) * np.float32(scale))
             names.append(part.names[index])
     return MotionClips.from_list(clips, skeleton, fps, names=names, source=str(source))
 

@@ -262,7 +262,7 @@ class Lamp(nn.Module):
         )
         if known > 0 and not known / 10 < found < 10 * known:
             raise InputError(
-                f"clips must be in the model's unit (metres, for a model trained on metres), the body of {name!r} is {found / known:.3g} times as large as those trained on"
+                f"clips must be in the model's unit (metres, for a model trained on metres), the body of {name!r} is {found / known:.3g} times as large as those trained on: scale it"
             )
 
     @torch.no_grad()
