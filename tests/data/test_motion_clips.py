@@ -183,7 +183,7 @@ def test_too_few_persons_are_cut_by_clip_and_the_description_says_so() -> None:
     clips = made_clips(30)
     two = replace(clips, labels=dict(clips.labels) | {"subject": np.arange(30) % 2})
     assert "parts drawn by clip" in motion_splits(two, frames=4).description
-    assert "parts cut by subject" in motion_splits(clips, frames=4).description
+    assert "parts share no subject" in motion_splits(clips, frames=4).description
     # Who the person is cannot be learnt where nobody is in two parts.
     assert "parts drawn by clip" in motion_splits(clips, frames=4, label="subject").description
     named = replace(clips, split=np.repeat([0, 1, 2], 10).astype(np.uint8))

@@ -158,17 +158,20 @@ def _parts(
         )
     train, validation, test = (everything[clips.split == part] for part in (TRAIN, VALIDATION, TEST))
     names = ("take",) if clips.source == "sfinge-hands" else PERSONS
-    group = next((name for name in names if name in clips.labels and name != label), None)
+    named = next((name for name in names if name in clips.labels and name != label), None)
     missing = (not len(validation)) + (not len(test))
-    if group is not None and len(np.unique(clips.labels[group][train])) <= missing:
-        group = None
+    # As many groups as parts, at least; fewer cannot be divided.
+    group = named if named and len(np.unique(clips.labels[named][train])) > missing else None
     if not len(test):
         train, test = _cut(clips, train, label, group, random)
     if not len(validation):
         train, validation = _cut(clips, train, label, group, random)
-    if not missing:
-        return [train, validation, test], "parts as the clips name them"
-    return [train, validation, test], f"parts cut by {group}" if group else "parts drawn by clip"
+    found = [train, validation, test]
+    if named is not None:
+        members = np.concatenate([np.unique(clips.labels[named][part]) for part in found])
+        if len(np.unique(members)) == len(members):
+            return found, f"parts share no {named}"
+    return found, "parts drawn by clip" if missing else "parts as the clips name them"
 
 
 def _cut(
