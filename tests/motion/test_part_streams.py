@@ -169,6 +169,15 @@ def test_absent_persons_change_nothing():
     torch.testing.assert_close(net(with_nobody), net(alone))
 
 
+def test_who_stands_still_is_there():
+    torch.manual_seed(0)
+    net = PartStreamNet(streams_of_parts(MSR)["arms"], 5, modalities=("motion",), **TINY).eval()
+    moves, still = clips(1)[..., None], clips(1, frames=1).expand(-1, -1, 6, -1)[..., None]
+    both = net.encoded(torch.cat([moves, still], -1))
+    torch.testing.assert_close(both, (net.encoded(moves) + net.encoded(still)) / 2)
+    assert net.encoded(still).any()
+
+
 def test_fused_scores():
     first, second = torch.randn(4, 3), torch.randn(4, 3)
     torch.testing.assert_close(fuse_scores([first, second]), (first + second) / 2)
@@ -268,6 +277,15 @@ def test_trained_stored_and_used_again(tmp_path):
     probabilities = model.probabilities(own.select(range(8, 12)))
     right = probabilities.argmax(-1) == torch.tensor([0, 1, 0, 1])
     assert right.float().mean().item() == pytest.approx(metrics["accuracy"])
+    with pytest.raises(InputError, match="clips must have the skeleton of 5 joints .* got another of 6"):
+        model.probabilities(
+            MotionClips.from_list([joints[0][:, [0, 1, 2, 3, 4, 4]]], Skeleton((-1, 0, 1, 0, 3, 4)), 15)
+        )
+    gap, never = joints[0].copy(), joints[0].copy()
+    gap[2:5, 3], never[:, 3] = math.nan, math.nan
+    assert model.probabilities(MotionClips.from_list([gap], skeleton, 15)).isfinite().all()
+    with pytest.raises(InputError, match="a joint of clip '1' is never seen"):
+        model.probabilities(MotionClips.from_list([gap, never], skeleton, 15))
     joint = train_part_streams(
         tmp_path / "own.npz", tmp_path / "joint", together=True, budget=Budget(steps=2)
     )

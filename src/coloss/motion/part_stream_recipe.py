@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coloss.data import IndexedDataset, MotionClips, MotionSplits, motion_splits
 from coloss.errors import InputError
-from coloss.metrics import evaluate_classifier, knn_probe, predict
+from coloss.metrics import knn_probe, macro_f1, predict
 from coloss.metrics.inference import evaluation_mode
 from coloss.motion.clip_crops import ClipCrops
 from coloss.motion.part_streams import (
@@ -26,7 +26,7 @@ from coloss.motion.part_streams import (
     PartStreamNet,
     streams_of_parts,
 )
-from coloss.motion.score_fusion import fit_fusion_weights
+from coloss.motion.score_fusion import fit_fusion_weights, fuse_scores
 from coloss.train import Budget, cosine, fit, load_model, save_model
 from coloss.train.run_folder import claim_folder, read_run, source_name, write_metrics
 
@@ -45,6 +45,7 @@ class PartStreamModel(NamedTuple):
     Attributes:
         networks: clips to scores.
         class_names: of the scores.
+        parents: of the skeleton's joints.
         frames: that clips are brought to.
         root: joint that lies at the origin in the first frame.
         scale: what coordinates are divided by, (1, 3 or 1, 1, 1, 1).
@@ -52,6 +53,7 @@ class PartStreamModel(NamedTuple):
 
     networks: PartStreamEnsemble
     class_names: tuple[str, ...]
+    parents: tuple[int, ...]
     frames: int
     root: int
     scale: Tensor
@@ -60,9 +62,19 @@ class PartStreamModel(NamedTuple):
         """What happens in clips of the same skeleton.
 
         Args:
-            clips: of any length.
+            clips: of any length; joints that are missing for a time are interpolated.
+
+        Raises:
+            InputError: for clips of another skeleton, or a joint that is never seen in a clip.
         """
+        if tuple(clips.skeleton.parents) != self.parents:
+            raise InputError(
+                f"clips must have the skeleton of {len(self.parents)} joints that the networks were trained on, "
+                f"got another of {clips.skeleton.num_joints}"
+            )
         joints = clips.resampled(self.frames, centre=_CENTRE)
+        if missing := joints.isnan().flatten(1).any(1).nonzero().flatten().tolist():
+            raise InputError(f"a joint of clip {clips.names[missing[0]]!r} is never seen, or not a number")
         centred = (joints - joints[:, :1, self.root, None]).permute(0, 3, 1, 2)[..., None]
         with evaluation_mode(self.networks), torch.no_grad():
             return self.networks(centred / self.scale).softmax(-1)
@@ -122,6 +134,7 @@ def train_part_streams(
         "together": together,
         "streams": {name: [stream.joints, stream.parents] for name, stream in streams.items()},
         "class_names": splits.class_names,
+        "parents": splits.skeleton.parents,
         "root": splits.skeleton.root,
         "scale": splits.standardize.scale.flatten().tolist(),
         "budget": (budget or Budget(steps=_STEPS[size])).as_dict(),
@@ -179,12 +192,13 @@ def load_part_streams(folder: str | Path) -> PartStreamModel:
     run = read_run(folder)
     try:
         model = _new_networks(run)
+        parents = tuple(run["parents"])
         names, scale = tuple(run["class_names"]), torch.tensor(run["scale"]).view(1, -1, 1, 1, 1)
         frames, root = _FRAMES[run["size"]], int(run["root"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder} holds no part streams ({error!r} in run.json)") from error
     load_model(model, folder / "model.safetensors")
-    return PartStreamModel(model.eval(), names, frames, root, scale)
+    return PartStreamModel(model.eval(), names, parents, frames, root, scale)
 
 
 def _new_networks(run: Mapping[str, Any]) -> PartStreamEnsemble:
@@ -210,15 +224,18 @@ def _scores(model: PartStreamEnsemble, data: IndexedDataset) -> list[Tensor]:
 
 
 def _judged(model: PartStreamEnsemble, splits: MotionSplits) -> dict[str, float]:
-    whole = evaluate_classifier(model, splits.test)
-    found = {name: float(whole[name]) for name in ("accuracy", "macro_f1")}
     scores, targets = _scores(model, splits.test), splits.test.targets
     assert isinstance(targets, Tensor)
+    fused = fuse_scores(scores, model.weights)
 
     def accuracy(scores: Tensor) -> float:
         return (scores.argmax(-1) == targets).float().mean().item()
 
-    found["equal_weights_accuracy"] = accuracy(torch.stack(scores).mean(0))
+    found = {
+        "accuracy": accuracy(fused),
+        "macro_f1": float(macro_f1(fused, targets)),
+        "equal_weights_accuracy": accuracy(fuse_scores(scores)),
+    }
     for name, score, weight in zip(model.nets, scores, model.weights.tolist()):
         found |= {f"accuracy_{name}": accuracy(score), f"weight_{name}": weight}
     found["parameters"] = float(sum(parameter.numel() for parameter in model.parameters()))

@@ -185,7 +185,7 @@ class PartStreamNet(nn.Module):
         classifier: the linear layer.
 
     Raises:
-        ValueError: for a size or dropout out of range; from `forward` for clips of another skeleton.
+        ValueError: for a size or dropout out of range; from `forward` for clips of too few joints.
 
     Source: Trivedi and Sarvadevabhatla, 2022; blocks of Chen and others, 2021.
 
@@ -227,7 +227,10 @@ class PartStreamNet(nn.Module):
     ) -> Float[Tensor, "clips features"]:
         """What the linear layer sees of each clip."""
         part = self.stream.select(clips)
-        return self.encoder(unify_modalities(part, self.stream.parents, self.modalities))
+        unified = unify_modalities(part, self.stream.parents, self.modalities)
+        # By the whole body's positions: who stands still has no steps, but is there.
+        people = clips if clips.ndim == 5 else clips[..., None]
+        return self.encoder(unified, (people != 0).flatten(1, 3).any(1))
 
     def forward(
         self, clips: Float[Tensor, "clips 3 frames joints *persons"]
