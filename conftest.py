@@ -1,11 +1,42 @@
 """Examples in the README and on the documentation pages are tests: Python blocks run, coloss commands are parsed."""
 
+import functools
+import gc
 import shlex
+from importlib.machinery import SourceFileLoader
+from unittest.mock import patch
 
 import click
 import typer
+from jaxtyping import _import_hook
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+
+def find_code(loader, name):
+    """Compiled code of one module of the package, kept under jaxtyping's own name.
+
+    jaxtyping's loader changes the name of cached bytecode while a module is executed, thus also for the libraries that it imports: each
+    process would compile half of PyTorch and SciPy anew. Here the name holds only while the module's own code is looked up.
+    """
+    name_of = functools.partial(_import_hook._optimized_cache_from_source, loader._typechecker.get_hash())
+    with patch("importlib._bootstrap_external.cache_from_source", name_of):
+        return SourceFileLoader.get_code(loader, name)
+
+
+if hasattr(_import_hook, "_optimized_cache_from_source"):
+    _import_hook._JaxtypingLoader.get_code = find_code
+    _import_hook._JaxtypingLoader.exec_module = SourceFileLoader.exec_module
+
+
+# Millions of objects are made while tests are collected, and hardly one is thrown away before the end: the garbage collector need not
+# look at them, then or later.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def parse_commands(example):

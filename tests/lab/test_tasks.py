@@ -80,7 +80,7 @@ def test_every_supervised_data_set_is_a_task():
         supervised = info.kind in ("classification", "regression", "multilabel", "retrieval")
         assert (name in names) == (supervised or info.kind in ("recommendation", "language", "motion"))
         assert (f"{name}-next" in names) == (info.kind == "recommendation")
-        assert (f"{name}-ssl" in names) == (info.kind == "classification")
+        assert (f"{name}-ssl" in names) == (info.kind in ("classification", "motion"))
         assert (f"{name}-retrieval" in names) == (name in RETRIEVAL_VIEWS)
         assert set(tasks_of(name)) <= names
     assert "digits-halves" in names
