@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
@@ -256,6 +256,8 @@ def _accepts(annotation: Any, value: Any) -> bool:
 
 
 def _type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
     text = inspect.formatannotation(annotation)
     for prefix in ("typing.", "collections.abc.", "torch.nn.modules.module.", "torch."):
         text = text.replace(prefix, "")

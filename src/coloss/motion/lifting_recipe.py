@@ -145,20 +145,30 @@ def train_hop_lifter(
     data: str | Path = "bandai",
     folder: str | Path = "runs/hopfir",
     *,
+    width: int | None = None,
+    depth: int | None = None,
+    max_hop: int = 3,
+    noise: float = 0.01,
+    focal: float = 2.2,
     budget: Budget | None = None,
+    batch_size: int = 128,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
-    **options: Any,
 ) -> dict[str, float]:
     """Trains a lifter of hop-wise attention and limb refinement on recorded motion; this is behind `coloss run hopfir`.
 
     Args:
         data: see `train_lifter`, whose `network="hop"` this is.
         folder: for the model, its metrics and checkpoints; `load_lifter` reads it.
+        width: of a joint's features; default: 48.
+        depth: number of blocks; default: 3.
+        max_hop: K, the largest number of bones between joints of a group.
+        noise: see `train_lifter`.
+        focal: see `train_lifter`.
         budget: of the training; default: 8,000 steps.
+        batch_size: poses in a step, >= 1.
         seed: of everything random.
         progress: called with the share that is done.
-        options: further arguments of `train_lifter`.
 
     Returns:
         As `train_lifter`.
@@ -172,7 +182,20 @@ def train_hop_lifter(
         ...     "bandai", tempfile.mkdtemp(), budget=Budget(steps=50)
         ... )  # doctest: +SKIP
     """
-    return train_lifter(data, folder, network="hop", budget=budget, seed=seed, progress=progress, **options)
+    return train_lifter(
+        data,
+        folder,
+        network="hop",
+        width=width,
+        depth=depth,
+        max_hop=max_hop,
+        noise=noise,
+        focal=focal,
+        budget=budget,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def load_lifter(folder: str | Path) -> tuple[UncertainLifter, Skeleton]:
