@@ -58,6 +58,13 @@ def test_clips_survive_being_stored(tmp_path) -> None:
     assert holds_motion(tmp_path / "two.npz")
 
 
+def test_labels_may_not_take_the_names_of_fields(tmp_path) -> None:
+    for name in ("start", "joint", "part_arm"):
+        clips = MotionClips.from_list([np.zeros((2, 2, 3))], CHAIN, 15, labels={name: [0]})
+        with pytest.raises(InputError, match=f"no other use for, got '{name}'"):
+            save_motion(tmp_path / "one.npz", clips)
+
+
 def test_msr_has_the_axes_of_the_others() -> None:
     clips = load_motion("msr-action3d")
     assert len(clips) == 566  # one clip of the stored 567 shows nobody

@@ -51,8 +51,8 @@ from .masking import MaskSchedule as MaskSchedule
 from .motion_clips import MotionClips as MotionClips
 from .motion_clips import common_layout as common_layout
 from .motion_clips import held_out_pairs as held_out_pairs
-from .motion_clips import load_motion as load_motion
-from .motion_clips import save_motion as save_motion
+from .motion_files import load_motion as load_motion
+from .motion_files import save_motion as save_motion
 from .motion_splits import MotionSplits as MotionSplits
 from .motion_splits import holds_motion as holds_motion
 from .motion_splits import motion_splits as motion_splits

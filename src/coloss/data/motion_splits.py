@@ -11,7 +11,8 @@ from torch import Tensor
 
 from coloss.data.dataset import IndexedDataset, Splits, Standardization
 from coloss.data.formats import read_arrays
-from coloss.data.motion_clips import TEST, TRAIN, VALIDATION, MotionClips, held_out_pairs, load_motion
+from coloss.data.motion_clips import TEST, TRAIN, VALIDATION, MotionClips, held_out_pairs
+from coloss.data.motion_files import load_motion
 from coloss.data.skeleton import Skeleton
 from coloss.errors import InputError
 
