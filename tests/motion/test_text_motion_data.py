@@ -93,7 +93,7 @@ def test_padding_is_zero_after_normalisation(tmp_path):
     assert features.shape == (2, 52, 263) and lengths.tolist() == [52, 48]
     assert not features[1, 48:].any()
     torch.testing.assert_close(features[1, :48], motion.normalizer(motion.features[0]))
-    assert batch.extras["words"].shape == (2, 2, 16)
+    assert batch.extras["words"].shape == (2, 2, 32)
     assert batch.extras["caption_counts"].tolist() == [1, 2]
     assert not batch.extras["words"][0, 1].any()
     biased = FeatureNormalizer.of(motion.features, motion.feature_groups, bias=5.0)
