@@ -70,6 +70,7 @@ def test_what_is_wrong_is_one_line(coloss, gym, monkeypatch):
         (["exercise", "gym.npz", "--repeat", "0"], "repeat must be >= 1, got 0"),
         (["exercise", "gym.npz", "--missing", "1"], "missing must be in [0, 1), got 1.0"),
         (["exercise", "gym.npz", "--speed", "-1"], "speed must be >= 0"),
+        (["exercise", "gym.npz", "--speed", "nan"], "speed must be >= 0 and finite, got nan"),
     ):
         outcome = coloss(*arguments)
         assert outcome.code == 2 and outcome.err.count("\n") == 1 and line in outcome.err, outcome.err
@@ -77,6 +78,8 @@ def test_what_is_wrong_is_one_line(coloss, gym, monkeypatch):
     for arguments, line in (
         (["exercise", "gym.npz", "--clip", "take9"], "clip must be a name or a number below 6, got 'take9'"),
         (["exercise", "nothing.npz"], "nothing.npz"),
+        (["exercise", "hdm05"], "has its landmarks at other joints than the data that the model"),
+        (["exercise", "sfinge-hands"], "landmarks must have a joint for each name"),
         (["exercise", "sfinge-hand"], "did you mean 'sfinge-hands'"),
     ):
         outcome = coloss(*arguments)

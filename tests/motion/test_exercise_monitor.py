@@ -21,6 +21,7 @@ from coloss.motion import (
     frame_features,
     load_exercise_model,
     pose_spec,
+    resample_rate,
     train_exercise_monitor,
 )
 
@@ -135,6 +136,62 @@ def test_another_camera_counts_the_same(fps):
     assert abs(readings[-1].frame - 3 * 12) <= 2  # counted in the model's frames
 
 
+@pytest.mark.parametrize("fps", [25.0, 10.0])
+def test_frames_of_another_camera_are_the_resampled_recording(fps, monkeypatch):
+    joints = squats(3, 20)
+    taken = []
+    monitor = ExerciseMonitor(model(), fps=fps)
+    monkeypatch.setattr(monitor, "_take", taken.append)
+    watched(monitor, joints)
+    torch.testing.assert_close(torch.stack(taken), resample_rate(joints, fps, 15.0)[:, : SPEC.num_joints])
+
+
+def test_dropped_and_late_frames_do_not_move_the_clock():
+    joints, generator = squats(4, 24), torch.Generator().manual_seed(0)
+    times = torch.arange(len(joints)) / 30 + 0.01 * torch.rand(len(joints), generator=generator)
+    kept = (torch.rand(len(joints), generator=generator) < 0.6).nonzero().flatten().tolist()
+    monitor = ExerciseMonitor(model(Told()), fps=30.0)
+    for frame in kept:
+        reading = monitor.update(joints[frame], times[frame].item())
+    assert reading.counts == {"squat": 4} and abs(reading.frame - 4 * 12) <= 2
+    # Half a minute without a frame: nobody was seen, and nothing that is older than two windows is worked on.
+    later = monitor.update(joints[0], times[-1].item() + 30.0)
+    assert abs(later.frame - reading.frame - 450) <= 1 and later.label is None
+    with pytest.raises(InputError, match="time must be finite and later than"):
+        monitor.update(joints[0], 0.0)
+
+
+def test_nobody_in_every_other_frame_does_not_move_the_clock():
+    joints = torch.cat([squats(4, 24), torch.zeros(96, 16, 3)], 1)  # a detector of 33 joints
+    monitor = ExerciseMonitor(model(Told()), fps=30.0)
+    readings = watched(monitor, [frame if k % 2 == 0 else None for k, frame in enumerate(joints)])
+    assert readings[-1].frame == 48 and readings[-1].counts == {"squat": 4}
+
+
+def test_axes_bring_coordinates_to_one_unit():
+    plain, joints = model(kind="body-frame"), squats(2)
+    scaled = model(plain.classifier, kind="body-frame")
+    scaled.axes = (1.0, 1.0, 0.25)
+    deep = joints * torch.tensor([1.0, 1.0, 4.0])
+    torch.testing.assert_close(scaled.probabilities(deep), plain.probabilities(joints))
+    last = [watched(ExerciseMonitor(m, threshold=0.0), x)[-1] for m, x in ((scaled, deep), (plain, joints))]
+    assert last[0] == last[1]
+
+
+@pytest.mark.parametrize("kind", ["invariant", "raw", "mixed", "body-frame"])
+def test_probabilities_are_numbers_whatever_is_missing(kind):
+    joints = squats(2)
+    joints[3:9, 5] = torch.nan
+    joints[:, 11] = torch.inf  # a hip that is no number: no frame of the body
+    joints[12:] = torch.nan
+    found = model(kind=kind).probabilities(joints)
+    assert found.isfinite().all() and torch.allclose(found.sum(1), torch.ones(len(found)))
+    assert all(
+        reading.probability == reading.probability
+        for reading in watched(ExerciseMonitor(model(kind=kind)), joints)
+    )
+
+
 def test_bad_input():
     for given, message in (
         ({"stride": 0}, "stride must be >= 1, got 0"),
@@ -148,6 +205,10 @@ def test_bad_input():
     with pytest.raises(InputError, match="labels must be 2"):
         ExerciseModel(WindowClassifier(22, 2, hidden=1), SPEC, ("rest",), 15, 16)
     wrong = {"jump": CounterChoice(0, "levels", 0.0, 1.0, 0.0)}
+    with pytest.raises(InputError, match="axes must be three factors > 0"):
+        ExerciseModel(WindowClassifier(22, 2, hidden=1), SPEC, ("a", "b"), 15, 16, axes=(1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="stride must be >= 1"):
+        model().probabilities(squats(1), stride=0)
     with pytest.raises(InputError, match="counters must be of classes and features"):
         ExerciseModel(WindowClassifier(22, 2, hidden=1), SPEC, ("a", "b"), 15, 16, counters=wrong)
 

@@ -94,13 +94,36 @@ def test_a_second_harmonic_does_not_double_the_period():
     assert abs(autocorrelation_count(signal) - 6) < 0.1
 
 
+def test_periods_at_the_ends_of_the_delays_are_found():
+    every_fourth = torch.tensor([0.0, 1, 0, -1]).repeat(10)
+    assert autocorrelation_count(every_fourth) == pytest.approx(39 / 4, abs=0.01)  # the shortest delay
+    assert autocorrelation_count(torch.tensor([0.0, 1, 0]).repeat(10), shortest=1) == pytest.approx(
+        29 / 3, abs=0.05
+    )
+    assert autocorrelation_count(wave(3, 31), 10, 10) == pytest.approx(3, abs=0.1)  # the only one
+
+
+def test_a_straight_line_has_no_period_and_small_units_change_nothing():
+    for slope in (0.1, 0.3, 1 / 7):
+        assert autocorrelation_count(slope * torch.arange(60, dtype=torch.float64) + 5) == 0
+    for count in (autocorrelation_count, peak_count, phase_count):
+        assert count(1e-12 * wave(6)) == pytest.approx(count(wave(6)), abs=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_was_not_seen_at_the_ends_is_no_repetition(bad):
+    signal = torch.cat([torch.full((150,), bad), wave(6, 300), torch.full((90,), bad)])
+    for count in (autocorrelation_count, peak_count, phase_count):
+        assert count(signal) == pytest.approx(count(wave(6, 300)))
+
+
 def test_the_phase_follows_a_changing_speed():
     times = torch.linspace(0, 1, 500)
     assert abs(phase_count(torch.sin(2 * math.pi * (3 * times + 5 * times**2))) - 8) < 0.5
 
 
 def test_constant_and_short_signals_count_nothing():
-    for signal in (torch.full((50,), 3.0), torch.zeros(2), torch.zeros(1)):
+    for signal in (torch.full((50,), 3.0), torch.zeros(2), torch.zeros(1), torch.zeros(0)):
         assert autocorrelation_count(signal) == 0 and peak_count(signal) == 0 and phase_count(signal) == 0
         assert hysteresis_count(signal, 1.0, 2.0) == 0
 

@@ -23,6 +23,8 @@ from coloss.motion import (
     random_window_split,
     resample_rate,
 )
+from coloss.motion.exercise_data import axis_factors, in_one_unit
+from coloss.motion.exercise_trial import persons_apart
 
 
 def test_no_group_is_on_two_sides_and_all_windows_are_kept():
@@ -89,6 +91,8 @@ def test_missing_numbers_take_the_last_one_and_do_not_enter_the_statistics():
     assert scaler.mean[2] == 0 and scaler.scale[2] == 1
     scaled = scaler(hidden)
     assert scaled.isfinite().all() and (scaled[..., 2] == 0).all()
+    endless = hidden.masked_fill(hidden.isnan(), torch.inf)
+    assert torch.equal(FeatureScaler(3).fit(endless)(endless), scaled)
     first = hidden[:, 0, 0].isnan()
     assert (scaled[first, 0, 0] == 0).all()  # nothing seen yet: the mean
     filled = carry_forward(hidden)
@@ -175,13 +179,70 @@ def clips(split=(0, 0, 0, 0, 0, 0, 2, 2), persons=None) -> MotionClips:
 
 def test_validation_is_drawn_by_person():
     found = labelled_windows(clips(persons=[0, 0, 1, 1, 2, 2, 3, 3]), window=8, stride=4)
-    by_part = [set(found.persons[found.split == part].tolist()) for part in range(3)]
+    by_part = [set(found.groups[found.split == part].tolist()) for part in range(3)]
     assert by_part[2] == {3} and by_part[1] and not by_part[0] & by_part[1]
     alone = labelled_windows(clips(), window=8, stride=4)
     by_part = [set(alone.recordings[alone.split == part].tolist()) for part in range(3)]
     assert by_part[2] == {6, 7} and by_part[1] and not by_part[0] & by_part[1]
+    takes = clips()
+    takes.labels["recording"] = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3]).numpy()  # cut into two clips each
+    cut = labelled_windows(takes, window=8, stride=4)
+    by_part = [set(cut.groups[cut.split == part].tolist()) for part in range(3)]
+    assert by_part[1] and not by_part[0] & by_part[1] and by_part[2] == {3}
     with pytest.raises(InputError, match="must have a training part"):
         labelled_windows(clips(split=[0] * 8))
+
+
+def test_no_pair_of_action_and_style_is_on_two_sides_of_bandai():
+    takes = [(action, style) for action in range(3) for style in range(7) for _ in range(3)]
+    own = MotionClips.from_list(
+        [torch.randn(9, 2, 3).numpy() for _ in takes],
+        Skeleton((-1, 0)),
+        15,
+        labels={
+            "action": [action for action, _ in takes],
+            "style": [style for _, style in takes],
+            "part": [2] * len(takes),
+        },
+        split=[0, 1, 2] * 21,  # as stored: other takes of the same pairs
+        source="bandai",
+    )
+    found = labelled_windows(own, window=8, stride=4, generator=torch.Generator().manual_seed(0))
+    by_part = [set(found.groups[found.split == part].tolist()) for part in range(3)]
+    assert [len(groups) for groups in by_part] == [11, 4, 6]
+    assert not by_part[0] & by_part[1] and not (by_part[0] | by_part[1]) & by_part[2]
+
+
+def test_five_seeds_are_five_splits_by_person():
+    persons = torch.tensor([7, 3, 3, 9, 1, 1, 4, 7])
+    tested = []
+    for seed in range(12):
+        split = persons_apart(persons, seed)
+        who = [set(persons[part].tolist()) for part in split]
+        assert [len(part) for part in who] == [2, 1, 2] and set().union(*who) == {1, 3, 4, 7, 9}
+        assert sorted(torch.cat(list(split)).tolist()) == list(range(8))
+        tested.append(frozenset(who[2]))
+    assert len(set(tested[:10])) == 10 and tested[10:] == tested[:2]
+    assert all(sum(person in pair for pair in tested[:5]) == 2 for person in (1, 3, 4, 7, 9))
+    with pytest.raises(ValueError, match="at least five, got 4"):
+        persons_apart(torch.arange(4), 0)
+
+
+def test_screen_units_become_one_unit_by_the_training_part_alone():
+    generator = torch.Generator().manual_seed(0)
+    body = [torch.randn(20, 4, 3, generator=generator) for _ in range(3)]
+    skeleton = Skeleton((-1, 0, 1, 1))
+    screen = torch.tensor([2.0, 1.0, 9.0])
+    own = MotionClips.from_list(
+        [(joints * screen).numpy() for joints in body], skeleton, 15, units="screen", split=[0, 0, 2]
+    )
+    factors = axis_factors(own)
+    assert factors == pytest.approx([0.5, 1.0, 1 / 9], rel=0.15)
+    own.clip(2)[:] *= 50  # a giant in the test part
+    assert axis_factors(own) == factors
+    joints = in_one_unit(own, factors).clip(0)
+    assert joints == pytest.approx((body[0] * screen).numpy() * factors)
+    assert axis_factors(MotionClips.from_list([own.clip(0)], skeleton, 15)) == (1.0, 1.0, 1.0)
 
 
 def test_hidden_joints():
@@ -226,6 +287,10 @@ def test_known_repetitions_by_label_name_and_foot():
         label_names={"action": ("walk", "squat2Reps", "bow")},
     )
     assert known_repetitions(found).tolist() == [2, 2, -1]
+    found.joints[10:16, 15:17] = torch.nan  # while the foot is seen to walk on
+    assert known_repetitions(found).tolist() == [2, 2, -1]
+    found.joints[:40, 15] = torch.nan
+    assert known_repetitions(found).tolist() == [-1, 2, -1]
 
 
 def test_the_claim_runs():

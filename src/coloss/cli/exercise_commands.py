@@ -43,19 +43,19 @@ def exercise(
         raise InputError(f"repeat must be >= 1, got {repeat}")
     if not 0 <= missing < 1:
         raise InputError(f"missing must be in [0, 1), got {missing}")
-    if speed < 0:
-        raise InputError(f"speed must be >= 0, got {speed}")
+    if not 0 <= speed < float("inf"):
+        raise InputError(f"speed must be >= 0 and finite, got {speed}")
     folder = model if model is not None else _newest_model()
     with status("starting"):
         from coloss.data import load_motion
-        from coloss.motion import ExerciseMonitor, load_exercise_model
+        from coloss.motion import ExerciseMonitor, load_exercise_model, pose_spec
 
         trained = load_exercise_model(folder)
         clips = load_motion(source)
-        if trained.spec.num_joints > clips.skeleton.num_joints:
+        if pose_spec(clips.skeleton) != trained.spec:
             raise InputError(
-                f"{source} has {clips.skeleton.num_joints} joints, the model in {folder} needs {trained.spec.num_joints}: "
-                "train one on data of this skeleton"
+                f"{source} has its landmarks at other joints than the data that the model in {folder} was trained on: "
+                f"train one with coloss run fitness-bilstm --data {source}"
             )
         chosen = _clips(clips, clip)
         monitor = ExerciseMonitor(trained, fps=clips.fps, stride=stride)
@@ -100,7 +100,9 @@ def _newest_model() -> Path:
 
 def _clips(clips: Any, wanted: list[str] | None) -> list[int]:
     if not wanted:
-        test = (clips.split == 2).nonzero()[0].tolist() or list(range(len(clips)))
+        from coloss.motion.exercise_data import recordings_for_test
+
+        test = recordings_for_test(clips).nonzero()[0].tolist() or list(range(len(clips)))
         return test[:3]
     chosen = []
     for name in wanted:

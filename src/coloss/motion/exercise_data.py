@@ -2,21 +2,19 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from coloss.data.motion_clips import MotionClips
+from coloss.data.motion_clips import TEST, TRAIN, VALIDATION, MotionClips, filled, held_out_pairs
+from coloss.data.motion_splits import PERSONS
 from coloss.errors import InputError
 from coloss.motion.exercise_windows import at_times, cut_windows, group_window_split, resample_rate
 from coloss.motion.reference_counts import count_strides, count_swings
-
-PERSON_LABELS = ("person", "subject", "actor")
-"""Labels that say who moves."""
 
 REPETITION_LABELS = ("repetitions",)
 """Labels that say how often a clip repeats its motion."""
@@ -34,17 +32,70 @@ class ExerciseWindows:
         joints: (windows, frames, joints, 3), NaN where a joint was not seen or the recording had not begun.
         targets: int64 (windows), the class.
         recordings: int64 (windows), number of the clip.
-        persons: int64 (windows), who moves; the recording where that is not known.
-        split: int64 (windows), 0 train, 1 validation, 2 test; no recording, and no known person, is in two of them.
+        groups: int64 (windows), who moves; for Bandai-Namco's set the (action, style) pair; the recording where neither is known.
+        split: int64 (windows), 0 train, 1 validation, 2 test; no recording is in two of them.
         labels: names of the classes.
     """
 
     joints: Float[Tensor, "windows frames joints 3"]
     targets: Int[Tensor, " windows"]
     recordings: Int[Tensor, " windows"]
-    persons: Int[Tensor, " windows"]
+    groups: Int[Tensor, " windows"]
     split: Int[Tensor, " windows"]
     labels: tuple[str, ...]
+
+
+def axis_factors(clips: MotionClips) -> tuple[float, float, float]:
+    """What coordinates are multiplied by so that all axes are in one unit, as angles and distances need it.
+
+    1 for clips in metres. Screen units have pixels across and up but another unit for the depth: there each axis is brought to the
+    vertical one's spread about the hips (the root), over the training clips. That is an assumption about bodies, no calibration.
+
+    Args:
+        clips: of one skeleton.
+
+    Examples:
+        >>> from coloss.data.skeleton import Skeleton
+        >>> joints = np.random.default_rng(0).normal(size=(50, 4, 3)) * [1, 2, 8]
+        >>> clips = MotionClips.from_list([joints], Skeleton((-1, 0, 1, 1)), fps=15, units="screen")
+        >>> [round(factor, 1) for factor in axis_factors(clips)]
+        [1.8, 1.0, 0.2]
+    """
+    if clips.units != "screen":
+        return (1.0, 1.0, 1.0)
+    own = np.concatenate([clips.clip(k) for k in range(len(clips)) if clips.split[k] == TRAIN])
+    spread = np.nanstd(own - own[:, [clips.skeleton.root]], axis=(0, 1)).clip(1e-8)
+    x, y, z = (spread[1] / spread).tolist()
+    return (x, y, z)
+
+
+def in_one_unit(clips: MotionClips, factors: Sequence[float]) -> MotionClips:
+    """Clips whose axes are multiplied by the factors of `axis_factors`.
+
+    Examples:
+        >>> from coloss.data.skeleton import Skeleton
+        >>> clips = MotionClips.from_list([np.ones((1, 1, 3))], Skeleton((-1,)), fps=15)
+        >>> in_one_unit(clips, (1.0, 2.0, 0.5)).joints.tolist()
+        [[[1.0, 2.0, 0.5]]]
+    """
+    return replace(clips, joints=clips.joints * np.asarray(factors, np.float32))
+
+
+def recordings_for_test(clips: MotionClips) -> Bool[np.ndarray, " clips"]:
+    """Which clips are for the test: those that say so; of `bandai`, those of the (action, style) pairs of `held_out_pairs`.
+
+    Bandai-Namco's set names no persons, and its stored parts hold other takes of the same pairs.
+
+    Args:
+        clips: of one skeleton.
+
+    Examples:
+        >>> from coloss.data.skeleton import Skeleton
+        >>> clips = MotionClips.from_list([np.zeros((9, 2, 3))] * 2, Skeleton((-1, 0)), fps=15, split=[0, 2])
+        >>> recordings_for_test(clips).tolist()
+        [False, True]
+    """
+    return held_out_pairs(clips) if clips.source == "bandai" else clips.split == TEST
 
 
 def recordings_at(clips: MotionClips, fps: float) -> list[Tensor]:
@@ -74,10 +125,11 @@ def labelled_windows(
     stride: int = 8,
     generator: torch.Generator | None = None,
 ) -> ExerciseWindows:
-    """Windows of all clips, with a split in which no person is on two sides, as far as persons are known.
+    """Windows of all clips, with a split in which no recording is on two sides, and no person whom the clips' own split keeps apart.
 
-    The test part is that of the clips. Where they name no validation part, it is drawn from the training part: whole persons if there
-    are at least three, else whole recordings.
+    The test part is that of `recordings_for_test`. Where the clips name no validation part, it is drawn from the training part: whole persons
+    (by the first label that there is of subject, actor, person, recording; for `bandai`, (action, style) pairs) if there are at least
+    three, else whole recordings.
 
     Args:
         clips: whose first label is the class.
@@ -108,22 +160,25 @@ def labelled_windows(
     name = next(iter(clips.labels))
     classes = torch.from_numpy(clips.labels[name])
     parts = torch.from_numpy(clips.split.astype(np.int64))
-    if not (parts == 0).any() or not (parts == 2).any():
+    if not (parts == TRAIN).any() or not (parts == TEST).any():
         raise InputError("clips must have a training part (split 0) and a test part (split 2)")
-    who = next((label for label in PERSON_LABELS if label in clips.labels), None)
-    persons = torch.from_numpy(clips.labels[who]) if who else torch.arange(len(clips))
-    if not (parts == 1).any():
-        own = (parts == 0).nonzero().flatten()
-        groups = persons[own]
-        if len(groups.unique()) < 3:
-            groups = own
-        split = group_window_split(groups, test=0.25, validation=0.5, generator=generator)
-        parts[own[split.test]] = 1
+    who = next((label for label in PERSONS if label in clips.labels), None)
+    groups = torch.from_numpy(clips.labels[who]) if who else torch.arange(len(clips))
+    if clips.source == "bandai":
+        groups = torch.from_numpy(clips.labels["action"] * 1000 + clips.labels["style"])
+        parts = torch.from_numpy(np.where(recordings_for_test(clips), TEST, TRAIN).astype(np.int64))
+    if not (parts == VALIDATION).any():
+        own = (parts == TRAIN).nonzero().flatten()
+        members = groups[own]
+        if len(members.unique()) < 3:
+            members = own
+        split = group_window_split(members, test=0.25, validation=0.5, generator=generator)
+        parts[own[split.test]] = VALIDATION
     cut = [cut_windows(recording, window, stride) for recording in recordings_at(clips, fps)]
     number = torch.repeat_interleave(torch.arange(len(cut)), torch.tensor([len(part) for part in cut]))
     names = clips.label_names.get(name, tuple(str(k) for k in range(int(classes.max()) + 1)))
     return ExerciseWindows(
-        torch.cat(cut), classes[number], number, persons[number], parts[number], tuple(names)
+        torch.cat(cut), classes[number], number, groups[number], parts[number], tuple(names)
     )
 
 
@@ -199,7 +254,8 @@ def known_repetitions(clips: MotionClips) -> Int[Tensor, " clips"]:
 
     By the label `repetitions`; else by the class's name, as HDM05 has them (`squat1Reps`; two steps are one stride); else, for
     walks and runs of skeletons with feet, by contacts of the left foot with the ground (strides); for waves of Bandai-Namco's skeleton, by
-    swings of the hand relative to the shoulders. The last two are measured from positions, not counted by a person.
+    swings of the hand relative to the shoulders. The last two are measured from positions, not counted by a person; a joint that is missing
+    for a time is interpolated, and one that is never seen tells nothing.
 
     Args:
         clips: whose first label is the class.
@@ -232,13 +288,15 @@ def _repetitions(clips: MotionClips, index: int, name: str) -> int:
     if match := _IN_NAME.search(name):
         return int(match[1]) // (2 if match[2].lower() == "steps" else 1)
     skeleton = clips.skeleton
-    joints = torch.from_numpy(np.array(clips.clip(index), np.float32))
+    joints = torch.from_numpy(filled(np.array(clips.clip(index), np.float32)))
     if clips.units == "m" and skeleton.feet is not None and name.startswith(_STRIDES):
-        return count_strides(joints[:, skeleton.feet[0]], joints[:, skeleton.feet[1]], clips.fps)
+        ankle, toe = (joints[:, joint] for joint in skeleton.feet[:2])
+        return count_strides(ankle, toe, clips.fps) if (ankle + toe).isfinite().all() else -1
     side = _WAVES.get(name)
     if side and {f"Hand_{side}", "UpperArm_L", "UpperArm_R"} <= set(skeleton.names):
         shoulders = [skeleton.joint("UpperArm_L"), skeleton.joint("UpperArm_R")]
-        return count_swings(joints[:, skeleton.joint(f"Hand_{side}")] - joints[:, shoulders].mean(1))
+        hand = joints[:, skeleton.joint(f"Hand_{side}")] - joints[:, shoulders].mean(1)
+        return count_swings(hand) if hand.isfinite().all() else -1
     return -1
 
 

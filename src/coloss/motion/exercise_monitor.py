@@ -16,6 +16,9 @@ from coloss.motion.exercise_windows import cut_windows
 from coloss.motion.pose_features import PoseSpec, frame_features, invariant_pose_features
 from coloss.motion.window_classifier import WindowClassifier
 
+_LONGEST_GAP = 0.5
+"""Seconds without a frame over which joints are interpolated."""
+
 
 @dataclass
 class ExerciseModel:
@@ -29,9 +32,10 @@ class ExerciseModel:
         window: frames of a window.
         kind: of the features.
         counters: what counts a class; a class without one is not counted. Their columns are those of the invariant features.
+        axes: what the coordinates along each axis are multiplied by, so that all are in one unit.
 
     Raises:
-        InputError: if labels or counters do not fit the classifier and the features.
+        InputError: if labels, counters or axes do not fit the classifier and the features.
 
     Examples:
         >>> from coloss.motion import COCO_LANDMARKS, pose_spec
@@ -56,6 +60,7 @@ class ExerciseModel:
     window: int
     kind: str = "invariant"
     counters: Mapping[str, CounterChoice] = field(default_factory=dict)
+    axes: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         if len(self.labels) != self.classifier.classifier.out_features:
@@ -64,6 +69,8 @@ class ExerciseModel:
             )
         if not self.fps > 0 or self.window < 1:
             raise InputError(f"fps must be > 0 and window >= 1, got {self.fps} and {self.window}")
+        if len(self.axes) != 3 or not all(0 < factor < math.inf for factor in self.axes):
+            raise InputError(f"axes must be three factors > 0, got {self.axes}")
         for label, choice in self.counters.items():
             if label not in self.labels or not -len(self.spec.names) <= choice.feature < len(self.spec.names):
                 raise InputError(
@@ -79,11 +86,15 @@ class ExerciseModel:
             joints: positions of one recording at the model's rate; NaN where a joint was not seen.
             stride: frames from one window to the next; default: half a window.
         """
-        windows = cut_windows(
-            frame_features(joints, self.spec, self.kind), self.window, stride or max(self.window // 2, 1)
-        )
+        features = frame_features(self.in_one_unit(joints), self.spec, self.kind)
+        windows = cut_windows(features, self.window, max(self.window // 2, 1) if stride is None else stride)
         with evaluation_mode(self.classifier), torch.no_grad():
-            return self.classifier(windows).softmax(-1)
+            return self.classifier(windows.to(self.classifier.scaler.mean)).softmax(-1)
+
+    def in_one_unit(self, joints: Float[Tensor, "*frames 3"]) -> Float[Tensor, "*frames 3"]:
+        """Coordinates along each axis multiplied by `axes`; a joint of which one is no number is missing."""
+        seen = joints.isfinite().all(-1, keepdim=True)
+        return torch.where(seen, joints.float(), torch.nan) * torch.tensor(self.axes, device=joints.device)
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,8 @@ class ExerciseMonitor:
 
     Args:
         model: what to watch with.
-        fps: frames per second of the camera; frames are interpolated to the model's rate. Default: the model's.
+        fps: frames per second of a camera that never drops one; frames are interpolated to the model's rate. Default: the model's. For a
+            camera that does, give each frame its time, see `update`.
         stride: frames (at the model's rate) from one decision to the next, >= 1.
         threshold: least probability of a decision that counts, in [0, 1].
 
@@ -166,17 +178,26 @@ class ExerciseMonitor:
         self.counts = dict.fromkeys(self.counters, 0)
         self._waiting: dict[str, deque[int]] = {label: deque() for label in self.counters}
         self._before: Tensor | None = None
+        self._time: float | None = None
         self._clock, self._missing, self._decided = 0.0, 0.0, False
 
-    def update(self, joints: Float[Tensor, "joints 3"] | None) -> Reading:
+    def update(self, joints: Float[Tensor, "joints 3"] | None, time: float | None = None) -> Reading:
         """Take the camera's next frame.
 
         Args:
             joints: positions, NaN for a joint that was not seen; None where no person was.
+            time: when it was taken, in seconds from any beginning, later than the frame before. Default: one frame of `fps` after it.
+                Over up to half a second without a frame the joints are interpolated; in a longer gap nobody was seen.
         """
-        frame = self._checked(joints)
+        frame, step = self._checked(joints), self.step
+        if time is not None:
+            if not math.isfinite(time) or (self._time is not None and time <= self._time):
+                raise InputError(f"time must be finite and later than {self._time}, got {time}")
+            if self._time is not None:
+                step = (time - self._time) * self.model.fps
+        self._time = time if time is not None or self._time is None else self._time + step / self.model.fps
         self._decided = False
-        for moment in self._moments(frame):
+        for moment in self._moments(frame, step):
             self._take(moment)
         return Reading(
             self.frame,
@@ -194,26 +215,29 @@ class ExerciseMonitor:
             return torch.full((least, 3), torch.nan)
         if joints.ndim != 2 or joints.shape[0] < least or joints.shape[1] != 3:
             raise InputError(f"a frame must be (joints, 3) with >= {least} joints, got {tuple(joints.shape)}")
-        seen = joints.float()
-        # A coordinate that is no number takes its joint along.
-        return torch.where(seen.isfinite().all(-1, keepdim=True), seen, torch.nan)
+        # Only the joints that features need, so that a frame without a person has as many.
+        return self.model.in_one_unit(joints[:least].detach().cpu())
 
-    def _moments(self, frame: Tensor) -> Iterator[Tensor]:
-        """The model's frames up to this one of the camera: none, one or more."""
+    def _moments(self, frame: Tensor, step: float) -> Iterator[Tensor]:
+        """The model's frames up to this one of the camera, which is `step` of them after the one before: none, one or more."""
         before, self._before = self._before, frame
-        if before is None or before.shape != frame.shape:
-            self._clock = 0.0
+        if before is None:
             yield frame
             return
         # `_clock` is the time since the model's last frame, in its frames.
-        start = self._clock
-        self._clock += self.step
-        due = 1.0
-        while due <= self._clock + 1e-6:
-            share = (due - start) / self.step
-            yield frame if share > 1 - 1e-6 else before + share * (frame - before)
-            due += 1.0
-        self._clock -= due - 1.0
+        start, end = self._clock, self._clock + step
+        count = int(end + 1e-6)
+        self._clock = end - count
+        gap = step > max(self.step, _LONGEST_GAP * self.model.fps) + 1e-6
+        # What is older than two windows is forgotten anyway.
+        passed = max(count - 2 * self.model.window, 0)
+        self.frame += passed
+        for due in range(passed + 1, count + 1):
+            share = (due - start) / step
+            if share > 1 - 1e-6:
+                yield frame
+            else:
+                yield torch.full_like(frame, torch.nan) if gap else before + share * (frame - before)
 
     def _take(self, joints: Tensor) -> None:
         model = self.model
@@ -243,7 +267,8 @@ class ExerciseMonitor:
             self.label, self.probability = None, 0.0
             return
         with evaluation_mode(self.model.classifier), torch.no_grad():
-            found = self.model.classifier(self.window[None])[0].softmax(-1)
+            window = self.window[None].to(self.model.classifier.scaler.mean)
+            found = self.model.classifier(window)[0].softmax(-1)
         probability, best = found.max(0)
         self._decided = True
         if probability.item() >= self.threshold:

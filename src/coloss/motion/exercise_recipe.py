@@ -16,9 +16,11 @@ from coloss.metrics import knn_probe, predict
 from coloss.motion.counter_choice import CounterChoice, choose_counter
 from coloss.motion.exercise_data import (
     ExerciseWindows,
+    axis_factors,
     chained,
     grouped,
     hide_joints,
+    in_one_unit,
     known_repetitions,
     labelled_windows,
     moved,
@@ -60,7 +62,8 @@ def train_exercise_monitor(
 
     Args:
         data: `"hdm05"` (eleven motions, squats, kicks and hops among them; test persons are new), `"bandai"` (walks, waves and others in
-            many styles), `"msr-action3d"`, or a file that `load_motion` reads, with `repetitions` for its counts.
+            many styles; tested on pairs of them that nobody trained on), `"msr-action3d"` (its depth is brought to the unit of the other
+            axes by `axis_factors`), or a file that `load_motion` reads, with `repetitions` for its counts.
         folder: for `model.safetensors`, `run.json`, `counters.json`, `metrics.json` and checkpoints; `load_exercise_model` reads it.
         features: kind of features, see `frame_features`.
         hidden: units of each LSTM in each direction.
@@ -90,7 +93,8 @@ def train_exercise_monitor(
     if hidden < 1:
         raise InputError(f"hidden must be >= 1, got {hidden}")
     clips, folder = load_motion(data), Path(folder)
-    spec = pose_spec(clips.skeleton)
+    spec, axes = pose_spec(clips.skeleton), axis_factors(clips)
+    clips = in_one_unit(clips, axes)
     generator = torch.Generator().manual_seed(seed)
     windows = labelled_windows(clips, fps=_FPS, window=_WINDOW, stride=_STRIDE, generator=generator)
     run: dict[str, Any] = {
@@ -102,6 +106,7 @@ def train_exercise_monitor(
         "fps": _FPS,
         "window": _WINDOW,
         "spec": spec.as_dict(),
+        "axes": axes,
         "budget": (budget or Budget(steps=_STEPS)).as_dict(),
     }
     claim_folder(folder, run)
@@ -160,7 +165,14 @@ def load_exercise_model(folder: str | Path) -> ExerciseModel:
         spec, labels = PoseSpec.from_dict(run["spec"]), tuple(run["labels"])
         load_model(classifier, folder / "model.safetensors")
         return ExerciseModel(
-            classifier.eval(), spec, labels, run["fps"], run["window"], run["features"], counters
+            classifier.eval(),
+            spec,
+            labels,
+            run["fps"],
+            run["window"],
+            run["features"],
+            counters,
+            tuple(run["axes"]),
         )
     except (KeyError, TypeError, OSError, ValueError) as error:
         if isinstance(error, InputError):
@@ -215,7 +227,7 @@ def _untrained_accuracy(
     """Neighbours by raw coordinates, and by what the network makes of its inputs before it learnt anything."""
     train, test = windows.split == 0, windows.split == 2
     raw = frame_features(windows.joints, spec, "raw")
-    middle = torch.cat([raw[train].flatten(0, 1)]).nanmean(0)
+    middle = raw[train].flatten(0, 1).nanmean(0)
     raw = torch.where(raw.isnan(), middle, raw).flatten(1)
     with torch.no_grad():
         states = model.eval().features(frame_features(windows.joints, spec, kind))
@@ -240,8 +252,8 @@ def _counters(
     """A counter for each class whose repetitions are known, from the training part; how well they count in the test part."""
     repetitions = known_repetitions(clips)
     name = next(iter(clips.labels))
-    part, person = torch.zeros(len(clips), dtype=torch.int64), torch.zeros(len(clips), dtype=torch.int64)
-    part[windows.recordings], person[windows.recordings] = windows.split, windows.persons
+    part, group = torch.zeros(len(clips), dtype=torch.int64), torch.zeros(len(clips), dtype=torch.int64)
+    part[windows.recordings], group[windows.recordings] = windows.split, windows.groups
     rows = [invariant_pose_features(recording, spec)[0] for recording in recordings_at(clips, _FPS)]
     counters: dict[str, CounterChoice] = {}
     errors, true = [], []
@@ -252,7 +264,7 @@ def _counters(
             own = (of_class & chosen).nonzero().flatten().tolist()
             # Of each class its own stream, so that another class with known counts changes nothing.
             generator = torch.Generator().manual_seed(1000 * seed + 2 * number + (key == "test"))
-            sessions[key] = _sessions(own, rows, repetitions, person, generator)
+            sessions[key] = _sessions(own, rows, repetitions, group, generator)
         if len(sessions["train"]) < 3:
             continue
         counters[label] = choose_counter(
@@ -274,7 +286,7 @@ def _counters(
 
 
 def _sessions(
-    own: list[int], rows: list[Tensor], repetitions: Tensor, person: Tensor, generator: torch.Generator
+    own: list[int], rows: list[Tensor], repetitions: Tensor, group: Tensor, generator: torch.Generator
 ) -> list[tuple[Tensor, int]]:
     """Recordings with their counts: as they are if they repeat, else several of one person joined."""
     if not own:
@@ -283,7 +295,7 @@ def _sessions(
     if np.mean([counts[k] for k in own]) > 2.5:
         order = torch.randperm(len(own), generator=generator)[: 2 * _SESSIONS].tolist()
         return [(rows[own[k]], counts[own[k]]) for k in order]
-    people = list(grouped(own, person[own].tolist()).values())
+    people = list(grouped(own, group[own].tolist()).values())
     found = []
     for turn in range(_SESSIONS):
         chosen = people[turn % len(people)]

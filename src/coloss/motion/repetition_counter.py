@@ -180,12 +180,13 @@ def autocorrelation_count(
     The delay is the first one whose autocorrelation reaches 0.9 of the highest peak's, so that two periods are not taken for one.
 
     Args:
-        signal: of one recording; missing values (NaN) are filled in linearly.
+        signal: of one recording; missing values (NaN) are filled in linearly, those at its ends are left out.
         shortest: delay in frames from which on it is looked for, >= 1.
         longest: up to which; default: half the recording.
 
     Returns:
-        Length of the recording in periods, no whole number; 0 where no delay stands out (fewer than two periods, or a constant signal).
+        Length of the recording in periods, no whole number; 0 where no delay stands out (fewer than two periods, or a signal that is constant
+        or a straight line).
 
     Raises:
         ValueError: for a delay out of range.
@@ -199,24 +200,27 @@ def autocorrelation_count(
     values = _filled(signal)
     frames = len(values)
     longest = frames // 2 if longest is None else min(longest, frames - 2)
-    if longest <= shortest or values.std() < 1e-9 * (1 + abs(values).max()):
+    if longest < shortest or _still(values):
         return 0.0
     centred = _detrended(values)
-    # Each delay as the correlation of the two overlapping pieces, so that long delays are not damped.
-    found = np.array([_correlation(centred[:-lag], centred[lag:]) for lag in range(shortest, longest + 2)])
-    # Not at the shortest delay, where any smooth signal is like itself.
+    if centred.std() <= 1e-9 * abs(values).max():
+        return 0.0
+    # Each delay as the correlation of the two overlapping pieces, so that long delays are not damped. One more delay at each end, so
+    # that the shortest and the longest can be peaks; where any smooth signal is like itself, there is none.
+    delays = range(shortest - 1, longest + 2)
+    found = np.array([_correlation(centred[: frames - lag], centred[lag:]) for lag in delays])
     peaks = find_peaks(found, height=0.2)[0]
     if not len(peaks):
         return 0.0
     first = int(peaks[found[peaks] >= 0.9 * found[peaks].max()][0])
-    return float((frames - 1) / (shortest + _vertex(found, first)))
+    return float((frames - 1) / (shortest - 1 + _vertex(found, first)))
 
 
 def peak_count(signal: Float[Tensor, " frames"], prominence: float = 0.4, shortest: int = 3) -> int:
     """Peaks of a recording that stand out from what is around them.
 
     Args:
-        signal: of one recording; missing values (NaN) are filled in linearly.
+        signal: of one recording; missing values (NaN) are filled in linearly, those at its ends are left out.
         prominence: share of the signal's range (5% to 95% quantile) that a peak must rise above its surroundings, > 0.
         shortest: frames from one peak to the next at least, >= 1.
 
@@ -232,8 +236,10 @@ def peak_count(signal: Float[Tensor, " frames"], prominence: float = 0.4, shorte
     if shortest < 1:
         raise ValueError(f"shortest must be >= 1, got {shortest}")
     values = _filled(signal)
+    if _still(values):
+        return 0
     low, high = np.quantile(values, [0.05, 0.95])
-    if high - low < 1e-9 * (1 + abs(values).max()):
+    if high - low <= 1e-9 * abs(values).max():
         return 0
     return len(find_peaks(values, prominence=prominence * (high - low), distance=shortest)[0])
 
@@ -242,7 +248,7 @@ def phase_count(signal: Float[Tensor, " frames"]) -> float:
     """Turns of a recording's phase, by the analytic signal: for one smooth wave whose speed may change.
 
     Args:
-        signal: of one recording; missing values (NaN) are filled in linearly.
+        signal: of one recording; missing values (NaN) are filled in linearly, those at its ends are left out.
 
     Returns:
         Turns, no whole number; 0 for a constant signal.
@@ -252,20 +258,21 @@ def phase_count(signal: Float[Tensor, " frames"]) -> float:
         6
     """
     values = _filled(signal)
-    if len(values) < 3 or values.std() < 1e-9 * (1 + abs(values).max()):
+    if len(values) < 3 or _still(values):
         return 0.0
     phase = np.unwrap(np.angle(hilbert(values - values.mean())))
     return float(abs(phase[-1] - phase[0]) / (2 * math.pi))
 
 
 def _filled(signal: Tensor) -> np.ndarray:
-    values = signal.detach().double().cpu().numpy().copy()
-    missing = np.isnan(values)
-    if missing.all():
-        return np.zeros(len(values))
-    frames = np.arange(len(values))
-    values[missing] = np.interp(frames[missing], frames[~missing], values[~missing])
-    return values
+    """From the first value that is there to the last one, gaps filled in linearly; none if nothing is there."""
+    values = signal.detach().double().cpu().numpy()
+    seen = np.flatnonzero(np.isfinite(values))
+    return np.interp(np.arange(seen[0], seen[-1] + 1), seen, values[seen]) if len(seen) else values[:0]
+
+
+def _still(values: np.ndarray) -> bool:
+    return not len(values) or bool(values.std() <= 1e-9 * abs(values).max())
 
 
 def _detrended(values: np.ndarray) -> np.ndarray:

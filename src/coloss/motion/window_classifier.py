@@ -35,7 +35,7 @@ def carry_forward(
 class FeatureScaler(nn.Module):
     """Brings features to mean 0 and standard deviation 1, counting only what is there, and fills in what is not.
 
-    A missing number becomes the last one of its feature in the window, or the training mean if there was none. The numbers are buffers:
+    A number that is missing (NaN) or infinite becomes the last one of its feature in the window, or the training mean if there was none. The numbers are buffers:
     they are stored with the model.
 
     Args:
@@ -64,11 +64,11 @@ class FeatureScaler(nn.Module):
         if windows.shape[-1] != len(self.mean):
             raise ValueError(f"windows must have {len(self.mean)} features, got {windows.shape[-1]}")
         rows = windows.flatten(0, 1).double()
-        present = ~rows.isnan()
+        present = rows.isfinite()
         if not present.any():
             raise ValueError("windows must hold at least one number, all are missing")
         count = present.sum(0).clamp_min(1)
-        mean = rows.nan_to_num(0.0).sum(0) / count
+        mean = torch.where(present, rows, 0).sum(0) / count
         spread = torch.where(present, rows - mean, 0).square().sum(0).div(count).sqrt()
         self.mean.copy_(mean)
         self.scale.copy_(torch.where(spread > 1e-6 * (1 + mean.abs()), spread, 1.0))
@@ -78,7 +78,7 @@ class FeatureScaler(nn.Module):
         self, windows: Float[Tensor, "windows frames features"]
     ) -> Float[Tensor, "windows frames features"]:
         scaled = (windows.to(self.mean.dtype) - self.mean) / self.scale
-        return carry_forward(scaled).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return carry_forward(scaled.masked_fill(~scaled.isfinite(), torch.nan)).nan_to_num(nan=0.0)
 
 
 class WindowClassifier(nn.Module):
