@@ -30,12 +30,13 @@ if hasattr(_import_hook, "_optimized_cache_from_source"):
 
 
 # Millions of objects are made while tests are collected, and hardly one is thrown away before the end: the garbage collector need not
-# look at them, then or later.
+# walk over them meanwhile. Frozen and thawed, they are old ones, without a walk.
 gc.disable()
 
 
 def pytest_collection_finish():
     gc.freeze()
+    gc.unfreeze()
     gc.enable()
 
 
