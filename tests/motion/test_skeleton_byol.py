@@ -259,3 +259,4 @@ def test_bad_input_is_named(call, message: str) -> None:
 def test_the_claim_runs() -> None:
     found = verify("skeleton-acl", smoke=True, seeds=1)
     assert found["method"]["name"] == "BYOL + repulsion + votes"
+    assert {"trained with labels", "untrained encoder", "raw coordinates"} < set(found["arms"])

@@ -192,3 +192,4 @@ def test_bad_input_is_named(call, message: str) -> None:
 def test_the_claim_runs() -> None:
     found = verify("skelemixclr", smoke=True, seeds=1)
     assert found["method"]["name"] == "SkeleMixCLR"
+    assert {"trained with labels", "untrained encoder", "raw coordinates"} < set(found["arms"])
