@@ -1,6 +1,7 @@
 """Whatever a person gets wrong: one line on stderr that says what, where and how to mend it, and exit code 2."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coloss.cli.app import main
 from coloss.data import data_directory
 
 FAST = ("--seeds", "1", "--budget", "2steps")
@@ -125,7 +127,7 @@ def folder(tmp_path: Path) -> Path:
         ),
         (
             ["compare", "iris", "--methods", "trp", "--label-noise", "40%"],
-            ["--label-noise", "valid number"],
+            ["--label-noise", "valid float|valid number"],
         ),
         (["compare", "iris", "--methods", "trp", "--imbalance", "0"], ["imbalance must be in (0, 1], got 0"]),
         (
@@ -149,8 +151,11 @@ def folder(tmp_path: Path) -> Path:
             ["compare", "ag-news", "--methods", "trp", "--text-features", "tf", "--limit", "20"],
             ["text_features", "'tf'"],
         ),
-        (["compare", "iris", "--metods", "trp"], ["No such option: --metods", "--methods"]),
-        (["compare"], ["Missing argument 'task'"]),
+        (
+            ["compare", "iris", "--metods", "trp"],
+            ["No such option: --metods|No such option '--metods'", "--methods"],
+        ),
+        (["compare"], ["Missing argument 'task'|Missing argument 'TASK'"]),
         (["compair", "iris"], ["No such command 'compair'", "compare"]),
         (["compare", "missing.csv", "--methods", "trp"], ["no file or folder 'missing.csv'"]),
         (["compare", "./digits", "--methods", "trp"], ["no file or folder './digits'"]),
@@ -229,8 +234,8 @@ def test_one_line_says_what_is_wrong(coloss, folder, arguments, parts):
     assert code == 2
     assert out == ""
     assert err.startswith("coloss: ") and err.count("\n") == 1, err
-    for part in parts:
-        assert part in err
+    for part in parts:  # A|B where releases of typer differ
+        assert any(words in err for words in part.split("|")), part
     assert "Traceback" not in err and not (folder / "runs").exists()
 
 
@@ -288,14 +293,26 @@ def test_data_that_changed_are_another_comparison(coloss, folder):
     assert code == 2 and "the data have changed" in err
 
 
+FINISHED = ("compare", "iris", "--methods", "cross-entropy,trp", *FAST, "--out")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a comparison that went well."""
+    folder = tmp_path_factory.mktemp("finished") / "a"
+    with pytest.raises(SystemExit) as ended:
+        main([*FINISHED, str(folder)])
+    assert ended.value.code == 0
+    return folder
+
+
 @pytest.mark.parametrize("name", ["comparison.json", "trials/cross-entropy--seed0.json"])
 @pytest.mark.parametrize("content", ["{", "[]", '{"arm": 1}', "\xff\xfe", ""])
-def test_a_damaged_result_is_named_and_nothing_else_lost(coloss, folder, name, content):
-    arguments = ["compare", "iris", "--methods", "cross-entropy,trp", "--out", "a", *FAST]
-    assert coloss(*arguments).code == 0
+def test_a_damaged_result_is_named_and_nothing_else_lost(coloss, folder, finished, name, content):
+    shutil.copytree(finished, folder / "a")
     kept = (folder / "a" / "trials" / "trp--seed0.json").read_bytes()
     (folder / "a" / name).write_bytes(content.encode("latin-1"))
-    for command in (arguments, ["report", "a"]):
+    for command in ([*FINISHED, "a"], ["report", "a"]):
         code, _, err = coloss(*command)
         assert code == 2 and err.count("\n") == 1 and f"a/{name} is damaged" in err and "delete it" in err
     assert (folder / "a" / "trials" / "trp--seed0.json").read_bytes() == kept

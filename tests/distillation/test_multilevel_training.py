@@ -23,9 +23,9 @@ from coloss.train import load_model
 TINY = {"dim": 8, "depth": 2, "heads": 2}
 
 
-@pytest.fixture
-def poem(tmp_path: Path) -> Path:
-    path = tmp_path / "poem.txt.gz"
+@pytest.fixture(scope="module")
+def poem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "poem.txt.gz"
     path.write_bytes(gzip.compress(b"the cat sat on the mat, the rat sat on the cat. " * 60))
     return path
 
@@ -34,19 +34,28 @@ def run(poem: Path, folder: Path, **options: object) -> dict[str, float]:
     return train_multilevel(poem, folder, budget=Budget(steps=16), **(TINY | options))  # type: ignore[arg-type]
 
 
-def test_the_run_leaves_a_model_a_curve_and_honest_numbers(poem: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(poem: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float], list[float]]:
+    """A run that was not disturbed: its folder, its numbers, and how it came on."""
     shares: list[float] = []
-    found = run(poem, tmp_path / "run", progress=shares.append)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(poem, folder, progress=shares.append), shares
+
+
+def test_the_run_leaves_a_model_a_curve_and_honest_numbers(
+    poem: Path, whole: tuple[Path, dict[str, float], list[float]]
+) -> None:
+    folder, found, shares = whole
     assert shares[0] > 0 and shares == sorted(shares) and shares[-1] <= 1
     assert found["scratch_flops"] * 0.8 < found["flops"] <= found["scratch_flops"]
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_loss"] == found["test_loss"]
+    assert json.loads((folder / "metrics.json").read_text())["test_loss"] == found["test_loss"]
     characters = len(set("the cat sat on the mat, the rat sat on the cat. "))
     model = load_model(
         CausalLanguageModel(characters, dim=8, depth=2, heads=2, context=64),
-        tmp_path / "run" / "model.safetensors",
+        folder / "model.safetensors",
     )
     assert isinstance(model, CausalLanguageModel)
-    with (tmp_path / "run" / "curve.csv").open() as file:
+    with (folder / "curve.csv").open() as file:
         rows = list(csv.DictReader(file))
     for name, stages in (("v-cycle", ["0", "1", "2"]), ("scratch", ["0"])):
         of_run = [row for row in rows if row["run"] == name]
@@ -55,13 +64,16 @@ def test_the_run_leaves_a_model_a_curve_and_honest_numbers(poem: Path, tmp_path:
         assert flops == sorted(flops)
     assert float(rows[0]["validation_loss"]) < 6
     # All is there: nothing is trained again, and nothing changes.
-    assert run(poem, tmp_path / "run") == found
+    assert run(poem, folder) == found
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(
-    poem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    poem: Path,
+    whole: tuple[Path, dict[str, float], list[float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = run(poem, tmp_path / "whole")
+    undisturbed, numbers, _ = whole
     fit, calls = cycle_training.fit, []
 
     class Killed(Exception):
@@ -92,10 +104,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     names = {path.name for path in (tmp_path / "killed" / "v-cycle").iterdir()}
     assert "stage-1.safetensors" in names and "stage-2.safetensors" not in names
     resumed = run(poem, tmp_path / "killed")
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    first, second = (load_file(folder / "model.safetensors") for folder in (undisturbed, tmp_path / "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {name: value for name, value in resumed.items() if "seconds" not in name} == {
-        name: value for name, value in whole.items() if "seconds" not in name
+        name: value for name, value in numbers.items() if "seconds" not in name
     }
 
 

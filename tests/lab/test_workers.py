@@ -19,7 +19,7 @@ ARMS = ["cross-entropy", "trp:energy=0.8"]
 
 
 def plan() -> Comparison:
-    return Comparison("wine", ARMS, seeds=5, budget=Budget(steps=25), limit=60)
+    return Comparison("wine", ARMS, seeds=3, budget=Budget(steps=10), limit=60)
 
 
 def numbers(folder: Path) -> list:
@@ -57,13 +57,13 @@ def test_killed_in_the_middle_of_two_workers(alone, tmp_path):
     script = (
         "from coloss import Budget, Comparison\n"
         "if __name__ == '__main__':\n"
-        "    comparison = Comparison('wine', ['cross-entropy', 'trp:energy=0.8'], seeds=5, budget=Budget(steps=25), limit=60)\n"
+        "    comparison = Comparison('wine', ['cross-entropy', 'trp:energy=0.8'], seeds=3, budget=Budget(steps=10), limit=60)\n"
         f"    comparison.run({str(folder)!r}, workers=2)\n"
     )
     (tmp_path / "script.py").write_text(script)
     process = subprocess.Popen([sys.executable, str(tmp_path / "script.py")])
     deadline = time.monotonic() + 200
-    while len(list((folder / "trials").glob("*.json"))) < 3:
+    while len(list((folder / "trials").glob("*.json"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     workers = children(process.pid)
@@ -73,9 +73,9 @@ def test_killed_in_the_middle_of_two_workers(alone, tmp_path):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.05)
     kept = {path: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")}
-    assert len(kept) >= 3
+    assert len(kept) >= 2
     result = plan().run(folder)
-    assert len(result.trials) == 10
+    assert len(result.trials) == 6
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     assert numbers(folder) == alone
 
