@@ -237,7 +237,7 @@ def test_screen_units_become_one_unit_by_the_training_part_alone():
         [(joints * screen).numpy() for joints in body], skeleton, 15, units="screen", split=[0, 0, 2]
     )
     factors = axis_factors(own)
-    assert factors == pytest.approx([0.5, 1.0, 1 / 9], rel=0.15)
+    assert factors == pytest.approx([1.0, 1.0, 2 / 9], rel=0.15)  # across and up are pixels both
     own.clip(2)[:] *= 50  # a giant in the test part
     assert axis_factors(own) == factors
     joints = in_one_unit(own, factors).clip(0)

@@ -48,8 +48,8 @@ class ExerciseWindows:
 def axis_factors(clips: MotionClips) -> tuple[float, float, float]:
     """What coordinates are multiplied by so that all axes are in one unit, as angles and distances need it.
 
-    1 for clips in metres. Screen units have pixels across and up but another unit for the depth: there each axis is brought to the
-    vertical one's spread about the hips (the root), over the training clips. That is an assumption about bodies, no calibration.
+    1 for clips in metres. Screen units have pixels across and up but another unit for the depth: there the depth is brought to the spread
+    across about the hips (the root), over the training clips (all, if none is). That is an assumption about bodies, no calibration.
 
     Args:
         clips: of one skeleton.
@@ -59,14 +59,14 @@ def axis_factors(clips: MotionClips) -> tuple[float, float, float]:
         >>> joints = np.random.default_rng(0).normal(size=(50, 4, 3)) * [1, 2, 8]
         >>> clips = MotionClips.from_list([joints], Skeleton((-1, 0, 1, 1)), fps=15, units="screen")
         >>> [round(factor, 1) for factor in axis_factors(clips)]
-        [1.8, 1.0, 0.2]
+        [1.0, 1.0, 0.1]
     """
     if clips.units != "screen":
         return (1.0, 1.0, 1.0)
-    own = np.concatenate([clips.clip(k) for k in range(len(clips)) if clips.split[k] == TRAIN])
+    chosen = [k for k in range(len(clips)) if clips.split[k] == TRAIN] or list(range(len(clips)))
+    own = np.concatenate([clips.clip(k) for k in chosen])
     spread = np.nanstd(own - own[:, [clips.skeleton.root]], axis=(0, 1)).clip(1e-8)
-    x, y, z = (spread[1] / spread).tolist()
-    return (x, y, z)
+    return (1.0, 1.0, float(spread[0] / spread[2]))
 
 
 def in_one_unit(clips: MotionClips, factors: Sequence[float]) -> MotionClips:

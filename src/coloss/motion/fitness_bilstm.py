@@ -37,7 +37,7 @@ keep everything else: they are the best on the whole, and what `coloss run fitne
 
 When not: do not believe a split by window. The same network, trained and tested on windows drawn at random, has 93.8% with invariant
 features and 93.5% with raw coordinates: 21 and 40 points more than on new persons. Nor does any kind of features make a set of pixels with
-another depth metric: MSR Action3D's axes are brought to equal spread (`axis_factors`), which is a guess.
+another depth metric: MSR Action3D's depth is brought to the spread across (`axis_factors`), which is a guess.
 
 Counts, on recordings that the choice of signal and thresholds did not see. Each squat, kick, hop, sneak, turn of the arms, elbow to knee
 and jog of HDM05's two test persons is one or two repetitions by its name; 140 sessions of 3 to 8 such clips of one person, each at 0.7 to

@@ -77,7 +77,7 @@ class PartStreamModel(NamedTuple):
             raise InputError(f"a joint of clip {clips.names[missing[0]]!r} is never seen, or not a number")
         centred = (joints - joints[:, :1, self.root, None]).permute(0, 3, 1, 2)[..., None]
         with evaluation_mode(self.networks), torch.no_grad():
-            return self.networks(centred / self.scale).softmax(-1)
+            return self.networks((centred / self.scale).to(self.networks.weights)).softmax(-1)
 
 
 def train_part_streams(
