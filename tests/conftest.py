@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 # The same examples in every run, without deadlines: what a loaded machine does must not decide what a test finds.
-settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("fixed")
 
 

@@ -122,7 +122,7 @@ def test_the_risk_is_the_mean_squared_distance_from_the_truth(size: int, rho: fl
 
 
 @given(st.integers(1, 40), st.floats(1.5, 50), st.floats(0, 4), st.floats(0, 4))
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_the_ends_of_the_risk_are_the_known_formulas(k: int, psi: float, r2: float, s2: float) -> None:
     instance = r2 * ((k - 1) ** 2 / k**2 + (k - 1) / (k**2 * (psi - 1))) + s2 / (k * (psi - 1))
     assert aggregate_risk(k, psi, r2, s2, 1.0) == pytest.approx(instance, rel=1e-6, abs=1e-9)
@@ -164,7 +164,7 @@ def test_the_ends_win_where_they_should() -> None:
 
 
 @given(st.floats(2.5, 60), st.floats(0.05, 4), st.floats(0, 2), st.floats(0.1, 10))
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_the_optimal_bag_size_is_the_closed_form_rounded(
     psi: float, r2: float, s2: float, epsilon: float
 ) -> None:

@@ -27,7 +27,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 @given(st.floats(0.3, 3000), st.floats(0.01, 3.0))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_without_non_centrality_it_is_the_chi_square_distribution(df: float, share: float) -> None:
     expected = stats.chi2.logcdf(share * df, df)
     if expected > -600:
@@ -36,7 +36,7 @@ def test_without_non_centrality_it_is_the_chi_square_distribution(df: float, sha
 
 
 @given(st.floats(0.1, 2000), st.floats(0.01, 2000), st.floats(0.2, 2.0))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_it_agrees_with_scipy_where_that_does_not_underflow(df: float, nc: float, share: float) -> None:
     x = share * (df + nc)
     expected = stats.ncx2.logcdf(x, df, nc)
@@ -93,7 +93,7 @@ def test_sankaran_is_within_a_hundredth_once_its_gaussian_tail_is_whole() -> Non
 
 
 @given(st.floats(0.5, 3000), st.floats(0, 3000), st.floats(0.7, 1.3))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_the_density_is_the_slope_of_the_cdf(df: float, nc: float, share: float) -> None:
     distribution = ScaledNCX2(df, nc, 0.01)
     error, step = share * distribution.mean, 1e-5 * distribution.mean

@@ -94,7 +94,7 @@ def equal_space(variance: float, residual: float, points: int, outputs: int) -> 
 
 
 @given(st.integers(5, 60), st.integers(1, 10), st.floats(0.1, 4.0), st.floats(0.3, 1.5))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_with_equal_variances_the_probability_is_a_non_central_chi_square(
     count: int, outputs: int, residual: float, share: float
 ) -> None:

@@ -141,7 +141,7 @@ def test_small_grids_keep_an_eighth_and_large_ones_ten() -> None:
         MultiBlock2d(min_keep=5, context_scale=(0.9, 0.9))(ask(1, (2, 2)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.integers(0, 60), st.data(), st.integers(1, 12), st.integers(0, 10**6))
 def test_hidden_spans_are_as_many_and_as_long_as_they_should_be(n, data, min_block, seed) -> None:
     keep = data.draw(st.integers(0, n))
@@ -177,7 +177,7 @@ def test_context_and_targets_are_a_partition_of_the_series(masker) -> None:
         assert torch.equal(both, torch.arange(200).expand(1, 4, 200))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(2, 40), st.integers(0, 10**6))
 def test_columns_of_context_and_targets_are_disjoint_and_fit(columns: int, seed: int) -> None:
     context, targets = sample_column_masks(5, columns, (0.1, 0.5), (0.1, 0.7), 4, seeded(seed))

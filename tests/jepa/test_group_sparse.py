@@ -65,7 +65,7 @@ def test_one_row_is_soft_thresholding() -> None:
 
 
 @given(st.integers(0, 10_000), st.floats(0, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_it_is_firmly_non_expansive(seed: int, threshold: float) -> None:
     first, second = normal(1, 3, 4, seed=seed), normal(1, 3, 4, seed=seed + 1)
     moved = prox(first, threshold) - prox(second, threshold)

@@ -48,7 +48,7 @@ def test_the_table_of_two_features(objective: str, depth: int, expected: tuple[f
     assert (found[0] < found[1]) == (objective == "jepa" and depth > 1)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     st.sampled_from(["jepa", "mae"]),
     st.integers(1, 4),

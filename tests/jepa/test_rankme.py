@@ -144,7 +144,7 @@ def test_alpha_needs_two_variances():
     assert math.isnan(alpha_req(torch.outer(torch.linspace(-1, 1, 9), torch.ones(3))).item())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(2, 30), st.integers(1, 8), st.integers(0, 10_000), st.floats(0.01, 100), st.booleans())
 def test_the_meters_are_ordered(rows, columns, seed, stretch, center):
     z = normal(rows, columns, seed=seed) * torch.logspace(

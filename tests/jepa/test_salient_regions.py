@@ -80,7 +80,7 @@ def test_diagonal_neighbours_are_connected() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(2, 5), st.sampled_from([0.0, 0.05, 0.15]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_regions_part_the_image_are_large_and_ranked(seed: int, count: int, area: float) -> None:
     coarse = draws(3, 1, 3, 3, seed=seed)
     saliency = torch.nn.functional.interpolate(coarse, (9, 9), mode="bilinear")[:, 0]

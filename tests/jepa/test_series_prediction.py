@@ -68,7 +68,7 @@ def batches(labelled: bool) -> list[tuple[Tensor, ...]]:
 
 
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 12), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_blocks_hide_exactly_what_is_not_kept_and_are_long_enough(n, keep, min_block, seed) -> None:
     keep = min(keep, n)
     hidden = sample_block_mask_1d(n, keep, min_block, torch.Generator().manual_seed(seed))
@@ -251,7 +251,7 @@ def test_crops_are_windows_of_each_series_and_differ() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(1, 12), st.floats(0, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_gaps_are_filled_as_numpy_interpolates(seed: int, steps: int, share: float) -> None:
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((2, 3, steps))

@@ -87,9 +87,9 @@ def test_every_supervised_data_set_is_a_task():
 
 
 def test_a_self_supervised_method_learns_without_labels(tmp_path):
-    result = Comparison("digits-ssl", ["untrained", "lejepa"], seeds=1, budget=Budget(steps=40)).run(tmp_path)
+    result = Comparison("digits-ssl", ["untrained", "lejepa"], seeds=1, budget=Budget(steps=10)).run(tmp_path)
     untrained, trained = result.trials
-    assert untrained.cost.steps == 0 and trained.cost.steps == 40
+    assert untrained.cost.steps == 0 and trained.cost.steps == 10
     assert {"knn", "linear_probe"} <= set(untrained.metrics) < set(trained.metrics)
     assert {name for name in trained.metrics if name not in untrained.metrics} >= {
         "embedding_rankme",
@@ -326,6 +326,6 @@ def test_the_default_network_learns_digits():
     task = find_task("digits")
     from coloss import Setting
 
-    setting = Setting.of(task, seed=0)
+    setting = Setting.of(task, seed=0, budget=Budget(steps=160))
     run = setting.fit(setting.new_model())
-    assert task.test(run.model, setting.splits)["accuracy"] > 0.95
+    assert task.test(run.model, setting.splits)["accuracy"] > 0.9

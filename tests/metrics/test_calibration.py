@@ -16,7 +16,7 @@ def random_problem(seed, samples=200, classes=5):
     return logits, torch.randint(classes, (samples,), generator=generator)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.integers(1, 20), st.integers(2, 6))
 def test_calibration_error_equals_torchmetrics(seed, bins, classes):
     logits, targets = random_problem(seed, 40, classes)
@@ -64,7 +64,7 @@ def test_logits_that_look_like_probabilities_need_the_flag():
     assert brier_score(torch.tensor([[2.0, 0.0]]), targets, from_logits=False) == 1
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.floats(0.01, 1e4))
 def test_scores_stay_in_range_at_any_scale(seed, scale):
     logits, targets = random_problem(seed, 20)

@@ -18,7 +18,7 @@ def random_problem(seed, samples=60, classes=4):
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.integers(1, 12), st.integers(1, 5))
 def test_class_metrics_equal_scikit_learn(seed, samples, classes):
     logits, targets = random_problem(seed, samples, classes)
@@ -86,7 +86,7 @@ def test_targets_outside_the_classes_are_refused(metric):
             metric(torch.zeros(1, 3), torch.tensor([target]))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.integers(2, 10), st.sampled_from([(), (1,), (3,)]))
 def test_regression_metrics_equal_scikit_learn(seed, samples, outputs):
     generator = torch.Generator().manual_seed(seed)

@@ -65,7 +65,7 @@ def test_uniformity_of_a_distant_cloud_keeps_its_distances():
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.integers(2, 12))
 def test_uniformity_ignores_order_rotation_and_scale(seed, samples):
     z = gaussian(samples, 4, seed, torch.float64)
@@ -84,7 +84,7 @@ def test_uniformity_keeps_float32_under_autocast():
         )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.lists(st.integers(-1, 3), min_size=1, max_size=15), st.booleans())
 def test_tolerance_equals_the_mean_over_pairs(seed, classes, normalize):
     targets = torch.tensor(classes)
@@ -155,7 +155,7 @@ def test_bad_options_are_refused():
         inspect.unwrap(uniformity)(torch.ones(3))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 1000),
     st.integers(2, 60),

@@ -36,7 +36,7 @@ def assert_same(found, expected):
         assert found[name] == pytest.approx(value, abs=1e-6, nan_ok=True), name
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(SEEDS, st.booleans(), st.sampled_from(["pairs", "grades", "ids", "many"]), st.data())
 def test_equal_to_the_metrics_of_the_score_matrix_for_any_chunks(seed, tied, kind, data):
     generator = torch.Generator().manual_seed(seed)

@@ -51,7 +51,7 @@ def assert_equal_to_sorting(found, scores, k, metric):
     torch.testing.assert_close(found.values, -values if metric == "euclidean" else values, rtol=1e-12, atol=0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.sampled_from(METRICS),
     st.sampled_from(KINDS),

@@ -103,7 +103,7 @@ def test_majority_vote_equals_scikit_learn_on_digits(digits, k):
     ).sum() <= 1  # equal distances at the border may go either way
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 1000),
     st.integers(1, 15),
@@ -190,7 +190,7 @@ def test_features_of_images_and_half_precision_are_taken():
     assert torch.equal(under, knn_probe(x, y, x, y, k=7, temperature=1e-3).predictions)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(-2, 4), min_size=1, max_size=40), st.integers(0, 50), st.data())
 def test_label_budget_is_balanced_nested_and_repeatable(classes, seed, data):
     targets = torch.tensor(classes)

@@ -110,7 +110,7 @@ def test_large_matrices_in_parts_give_the_same(monkeypatch):
     assert retrieval_metrics(scores, relevance) == whole
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 500))
 def test_monotone_transforms_and_shuffled_documents_change_nothing(seed):
     scores, relevance = random_problem(seed)
@@ -120,7 +120,7 @@ def test_monotone_transforms_and_shuffled_documents_change_nothing(seed):
     assert found == pytest.approx(expected, nan_ok=True)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=2, max_size=20))
 def test_pooled_auc_equals_scikit_learn_and_the_pair_count(pairs):
     scores, relevant = torch.tensor([float(s) for s, _ in pairs]), torch.tensor([r for _, r in pairs])
@@ -169,7 +169,7 @@ def test_curve_equals_scikit_learn_and_its_area_the_auc():
     torch.testing.assert_close(area, pooled_auc(scores, relevance))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 500), st.floats(0, 1))
 def test_threshold_is_the_loosest_that_keeps_the_limit(seed, fpr):
     generator = torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ def slow_twin(distances, labels, ks):
     return {name: np.mean(values) if values else math.nan for name, values in found.items()}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 1000),
     st.lists(st.integers(-2, 3), min_size=1, max_size=30),

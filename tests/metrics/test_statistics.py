@@ -44,7 +44,7 @@ def test_exact_p_value_is_that_of_scipy_permutation_test(n):
     assert paired_comparison(method, baseline).p_value == pytest.approx(expected.pvalue)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=7))
 def test_p_value_equals_a_count_over_all_sign_patterns(differences):
     sums = [
@@ -82,7 +82,7 @@ def test_interval_that_holds_zero_is_inconclusive():
     assert result.interval[0] < 0 < result.interval[1] and result.verdict == "inconclusive"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=8))
 def test_swapping_the_arms_mirrors_everything(pairs):
     method, baseline = [a for a, _ in pairs], [b for _, b in pairs]
@@ -166,7 +166,7 @@ def test_bad_options_of_the_parts_are_refused():
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_rank_correlation_is_pearsons_of_mean_ranks(pairs):
     first, second = (np.array(side, dtype=float) for side in zip(*pairs))
     found = rank_correlation(first, second)

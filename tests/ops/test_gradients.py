@@ -115,7 +115,7 @@ def test_cosine_of_huge_and_tiny_gradients():
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_projection_removes_conflict_exactly_and_nothing_else(seed):
     main, auxiliary = gradients(seed), gradients(seed + 1)
     merged, conflicted = project_conflicting(main, auxiliary)

@@ -28,7 +28,7 @@ def assert_equal_with_gradients(value, plain, *leaves):
 
 
 @given(st.integers(1, 8), st.integers(0, 5), TILES, st.floats(-2, 1.5), st.booleans(), st.integers(0, 100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_sigmoid_loss_equals_the_logistic_cost_of_each_pair(count, extra, tile, power, with_ids, seed):
     temperature = 10.0**power
     q, k = (
@@ -46,7 +46,7 @@ def test_sigmoid_loss_equals_the_logistic_cost_of_each_pair(count, extra, tile, 
 
 
 @given(st.integers(1, 10), TILES, st.sampled_from([1, 2]), st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_margin_loss_averages_over_the_pairs_that_cost(count, tile, power, seed):
     z, labels = F.normalize(randn(count, 3, seed=seed)).requires_grad_(), labels_of(count, seed)
     value = pair_margin_loss(z, labels, 0.9, 0.2, power=power, chunk_size=tile)

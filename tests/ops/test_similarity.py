@@ -37,7 +37,7 @@ scores = npst.arrays(np.float64, st.integers(1, 12), elements=st.floats(-5, 5))
 
 
 @given(scores, scores, st.floats(0.01, 10), st.integers(1, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_chunked_equals_dense_in_value_and_gradient(p, n, temperature, chunk_size):
     p, n = torch.from_numpy(p).requires_grad_(), torch.from_numpy(n).requires_grad_()
     value = pairwise_logistic_loss(p, n, temperature, chunk_size)
@@ -55,7 +55,7 @@ def test_equal_scores_cost_log_two():
 
 
 @given(scores, scores, st.floats(0.01, 10))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_it_bounds_the_area_over_the_curve(p, n, temperature):
     auc = roc_auc_score([1] * len(p) + [0] * len(n), np.concatenate([p, n]))
     loss = pairwise_logistic_loss(torch.from_numpy(p), torch.from_numpy(n), temperature).item()
@@ -168,7 +168,7 @@ def dense_info_nce(q, k, temperature, ignore=None):
     st.booleans(),
     st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_info_nce_equals_cross_entropy(count, extra, chunk_size, symmetric, with_ignore, seed):
     q = randn(count, 4, seed=seed).requires_grad_()
     k = randn(count + extra, 4, seed=seed + 1).requires_grad_()
@@ -294,7 +294,7 @@ def test_a_second_derivative_is_an_error(loss):
 
 
 @given(npst.arrays(np.float64, (3, 4), elements=st.floats(-1e3, 1e3)), npst.arrays(np.bool_, (3, 4)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_masked_logsumexp_equals_numpy_row_by_row(values, mask):
     x = torch.from_numpy(values).requires_grad_()
     got = masked_logsumexp(x, torch.from_numpy(mask), dim=1)

@@ -47,7 +47,7 @@ def full_line(x: np.ndarray) -> float:
     st.floats(-3, 3),
     st.floats(0, 9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_equals_the_plain_definition(samples, slices, t_max, knots, shift, scale):
     x = shift + scale * randn(2, samples, slices)
     np.testing.assert_allclose(

@@ -72,7 +72,7 @@ def test_value_and_gradient_are_those_of_the_definition(batch, samples, slices, 
     st.sampled_from([8, 64, 500]),
     st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_neither_chunks_nor_blocks_change_anything(sets, samples, slices, chunk_size, entries, of_directions):
     z = randn(sets, samples, 4).requires_grad_()
     directions = random_directions(4, slices, dtype=torch.float64).requires_grad_(of_directions)

@@ -51,7 +51,7 @@ def plain_supervised(anchors, around, labels, around_labels, temperature):
 
 
 @given(st.integers(1, 9), st.integers(0, 6), TILES, TEMPERATURES, st.booleans(), st.integers(0, 100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_info_nce_with_ids_leaves_out_those_that_are_equal(count, extra, tile, temperature, symmetric, seed):
     q, k = (
         randn(count, 3, seed=seed).requires_grad_(),
@@ -68,7 +68,7 @@ def test_info_nce_with_ids_leaves_out_those_that_are_equal(count, extra, tile, t
 
 
 @given(st.integers(1, 12), TILES, TEMPERATURES, st.integers(0, 100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_supervised_contrast_equals_the_sum_over_pairs(count, tile, temperature, seed):
     z, labels = randn(count, 3, seed=seed).requires_grad_(), labels_of(count, seed)
     value = supervised_contrastive_loss(z, labels, temperature, chunk_size=tile)
@@ -117,7 +117,7 @@ def test_soft_targets_leave_out_pairs_of_equal_ids_and_rows_without_targets():
 
 
 @given(st.integers(1, 7), st.integers(1, 9), TILES, TEMPERATURES, st.integers(0, 100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_decoupled_softmax_equals_a_softmax_for_each_positive(count, width, tile, temperature, seed):
     q, k = randn(count, 3, seed=seed).requires_grad_(), randn(width, 3, seed=seed + 1).requires_grad_()
     kind = torch.randint(4, (count, width), generator=torch.Generator().manual_seed(seed))

@@ -41,7 +41,7 @@ def test_an_index_out_of_range_is_refused() -> None:
         indices_to_mask(torch.tensor([5]), 5)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(hnp.arrays(bool, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=6)))
 def test_a_mask_comes_back_from_its_padded_indices(array: np.ndarray) -> None:
     mask = torch.from_numpy(array)

@@ -29,7 +29,7 @@ def slow_selection(probabilities, active, threshold, keep):
     return torch.from_numpy(final)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.4, 0.7, 0.95]), st.integers(0, 7))
 def test_selection_is_that_of_a_loop_over_samples_and_classes(seed, threshold, keep):
     probabilities, active = drawn(seed)

@@ -18,7 +18,7 @@ def _case(seed=0, items=30, queries=7, dimensions=4):
 
 
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 12), by_id=st.booleans(), by_content=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_search_equals_sorting_all_that_may_be_shown(seed, k, by_id, by_content):
     base, queries, generator = _case(seed, items=10)
     ids = torch.randperm(100, generator=generator)[:10]

@@ -17,7 +17,7 @@ from coloss.train import SampleTable
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.tuples(INT64, st.integers(-8, 8)), max_size=6), max_size=6))
 def test_keeps_what_a_dictionary_keeps(batches):
     table, known = SampleTable({"value": -1.0}), {}
