@@ -54,7 +54,8 @@ def two_way_retrieval(
     """R@k and median rank of finding columns for rows and rows for columns.
 
     R@k is the share of queries whose best right answer has a rank below k (from 0, see `best_ranks`), MedR the median of rank + 1. Queries
-    without a right answer are left out.
+    without a right answer are left out. As in the published protocol an answer that ties with one wrong item has rank 0.5 and counts as first:
+    where many scores are equal, R@k says more of ties than of the model.
 
     Args:
         scores: of rows, such as motions, and columns, such as captions.

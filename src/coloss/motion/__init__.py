@@ -137,6 +137,7 @@ from .lamp_model import load_lamp as load_lamp
 from .lamp_recipe import train_lamp as train_lamp
 from .language_motion import LanguageMotionPretraining as LanguageMotionPretraining
 from .language_motion import MotionTokens as MotionTokens
+from .language_motion import drawn_captions as drawn_captions
 from .language_motion import encode_motions as encode_motions
 from .language_motion import read_motion_tokens as read_motion_tokens
 from .language_motion_losses import HardNegatives as HardNegatives
@@ -401,6 +402,7 @@ __all__ = [
     "cut_windows",
     "draw_skeleton",
     "draw_windows",
+    "drawn_captions",
     "encode_motions",
     "evaluate_client",
     "evaluate_lamp",

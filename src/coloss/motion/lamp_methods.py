@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from coloss.data import Batch
 from coloss.motion.generic_text import GenericTextEncoder
+from coloss.motion.language_motion import drawn_captions
 from coloss.ops import latent_prediction_loss
 from coloss.train.method import Method
 from coloss.train.state import State
@@ -45,9 +46,8 @@ class DrawnCaption(Method):
     def on_batch(self, state: State) -> None:
         words, counts = state.batch.extras["words"], state.batch.extras["caption_counts"]
         generator = state.local_generator
-        drawn = torch.rand(len(words), generator=generator, device=generator.device).to(counts.device)
-        chosen = (drawn * counts).long().clamp(max=words.shape[1] - 1)
-        state.batch = self.arrange(state.batch, words[torch.arange(len(words), device=words.device), chosen])
+        drawn = torch.rand(len(words), generator=generator, device=generator.device)
+        state.batch = self.arrange(state.batch, drawn_captions(words, counts, drawn))
 
 
 class TurnTerm(Method):

@@ -120,6 +120,27 @@ def encode_motions(tokenizer: nn.Module, data: IndexedDataset, *, chunk: int = 2
     return IndexedDataset(vectors, ids=data.ids, extras=data.extras | {"codes": codes})
 
 
+def drawn_captions(
+    words: Int[Tensor, "clips captions words"],
+    counts: Int[Tensor, " clips"],
+    uniform: Float[Tensor, " clips"],
+) -> Int[Tensor, "clips words"]:
+    """Of each clip's captions the one that a number in [0, 1) falls to, all of them having equal shares.
+
+    Args:
+        words: ids of the captions.
+        counts: how many of them each clip has, at least 1 and the first ones.
+        uniform: the numbers.
+
+    Examples:
+        >>> words = torch.tensor([[[1], [2], [3]], [[4], [0], [0]]])
+        >>> drawn_captions(words, torch.tensor([3, 1]), torch.tensor([0.4, 0.9])).tolist()
+        [[2], [4]]
+    """
+    chosen = (uniform.to(counts.device) * counts).long().clamp(max=words.shape[1] - 1)
+    return words[torch.arange(len(words), device=words.device), chosen]
+
+
 class LanguageMotionPretraining(Method):
     """Trains a `LanguageMotionModel` by its four losses, in place of an objective.
 
@@ -287,9 +308,7 @@ class LanguageMotionPretraining(Method):
         if words.ndim == 2:
             return words
         counts = state.batch.extras.get("caption_counts", words.new_full((count,), words.shape[1]))
-        drawn = self._uniform(state, words).to(counts.device)
-        chosen = (drawn * counts).long().clamp(max=words.shape[1] - 1)
-        return words[torch.arange(count, device=words.device), chosen]
+        return drawn_captions(words, counts, self._uniform(state, words))
 
     def _uniform(self, state: State, rows: Tensor) -> Tensor:
         """A number in [0, 1) for each of this process's rows: those that one process would draw for the joined batch."""
