@@ -78,6 +78,7 @@ def test_a_swing_counts_wherever_it_lies():
     assert hysteresis_count(drifting, -0.5, 0.5) == 1
     counter.reset()
     assert counter.count == 0 and counter.update(5.0) == 0 and counter.update(5.9) == 0
+    assert counter.update(math.inf) == counter.update(-math.inf) == counter.update(math.nan) == 0
     assert counter.update(6.0) == 1
 
 

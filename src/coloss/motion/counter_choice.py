@@ -123,7 +123,7 @@ def counter_signal(features: Float[Tensor, "*frames features"], feature: int) ->
 
 def _turning_points(values: np.ndarray) -> np.ndarray:
     """The ends and the highest and lowest values between, all that a swing depends on."""
-    seen = values[~np.isnan(values)]
+    seen = values[np.isfinite(values)]
     steps = np.diff(seen)
     moving = np.concatenate([[True], steps != 0]) if len(seen) else np.zeros(0, bool)
     seen = seen[moving]

@@ -91,12 +91,12 @@ class SwingCounter:
         self.reset()
 
     def update(self, value: float) -> int:
-        """Take the next value and give the count; a missing one (NaN) changes nothing.
+        """Take the next value and give the count; one that is missing (NaN) or infinite changes nothing.
 
         Args:
             value: of the signal.
         """
-        if math.isnan(value):
+        if not math.isfinite(value):
             return self.count
         if self.rising:
             self.turn = max(self.turn, value)
