@@ -8,6 +8,7 @@ import pytest
 import torch
 from contract import check_loops, check_resume, check_two_processes, differing, weights
 from lightning_fabric import Fabric
+from tiny_skeletons import PARENTS, Flat, clips, encoder, shifted
 from torch import Tensor, nn
 
 import coloss
@@ -18,37 +19,10 @@ from coloss.lab.claims import verify
 from coloss.motion import SkeleMixCLR, SkeletonCLR
 from coloss.motion.skeleton_pretraining_trial import pretraining_task
 from coloss.nn import SkeletonEncoder
-from coloss.ops import graph_partition
 from coloss.train import Setting
 
-PARENTS = (-1, 0, 1, 0)
 SMALL = {"projector": (8, 4), "queue": 10}
 MIX = SMALL | {"parts": [[0, 1], [2], [3]], "n_parts": (1, 2), "blocks": (1, 1)}
-
-
-def encoder() -> SkeletonEncoder:
-    return SkeletonEncoder(graph_partition(PARENTS), widths=(4,), strides=(2,), kernel=3)
-
-
-class Flat(nn.Module):
-    """Clips to features without a batch norm, so that processes can be compared."""
-
-    out_features = 5
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3 * 4 * 4, 5)
-
-    def forward(self, clips: Tensor) -> Tensor:
-        return self.linear(clips.flatten(1)).tanh()
-
-
-def shifted(clips: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    return torch.stack([clips, 0.8 * clips + 0.1])
-
-
-def clips(count: int = 24) -> Tensor:
-    return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def trained(method: SkeletonCLR, steps: int = 2, model: nn.Module | None = None, **options) -> coloss.Fit:
