@@ -40,6 +40,10 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_sessionfinish():
+    gc.freeze()  # pytest ends with several walks over all objects, seconds each
+
+
 def parse_commands(example):
     """Check that every `$ coloss ...` line names commands and options that exist, without running it."""
     from coloss.cli.app import app
