@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -150,7 +151,7 @@ class Lamp(nn.Module):
             words = words_of(text)
             if not 1 <= len(words) <= self.vocabulary.max_words:
                 raise InputError(
-                    f"text must have 1 to {self.vocabulary.max_words} words, got {len(words)}: {text!r}"
+                    f"text must have 1 to {self.vocabulary.max_words} words, got {len(words)}: {shorten(repr(text), 60)}"
                 )
             unknown = [word for word in dict.fromkeys(words) if word not in self.vocabulary.words]
             if unknown and not allow_unknown:
@@ -240,14 +241,17 @@ class Lamp(nn.Module):
                 raise InputError(
                     f"clips must last longer than {per_token / self.fps:.2g} seconds, {clips.names[index]!r} lasts {len(joints) / self.fps:.2g}"
                 )
-            features = motion_features(
-                joints,
-                skeleton,
-                fps=self.fps,
-                contact_step=self.contact_step,
-                rotations=self.rotations,
-                rest=rest,
-            )
+            try:
+                features = motion_features(
+                    joints,
+                    skeleton,
+                    fps=self.fps,
+                    contact_step=self.contact_step,
+                    rotations=self.rotations,
+                    rest=rest,
+                )
+            except InputError as error:
+                raise InputError(f"{clips.names[index]}: {error}") from error
             self._check_size(features, clips.names[index])
             kept = min(len(features), self.max_frames) // per_token * per_token
             start = (len(features) - kept) // 2
