@@ -7,7 +7,7 @@ import torch
 from coloss.data import MotionClips, Skeleton, common_layout, held_out_pairs, load_motion, save_motion
 from coloss.data.motion_clips import filled
 from coloss.data.motion_splits import holds_motion, motion_splits
-from coloss.data.skeleton import SKELETONS
+from coloss.data.skeleton import COMMON_JOINTS, SKELETONS
 from coloss.errors import InputError, UnknownNameError
 
 CHAIN = Skeleton((-1, 0), names=("hip", "knee"))
@@ -103,6 +103,13 @@ def test_common_layout_is_measured_in_torsos() -> None:
         joints = clips.clip(4)
         hips = joints[:, [9, 12]].mean(1)
         assert np.nanmedian(np.linalg.norm(joints[:, 1] - hips, axis=-1)) == pytest.approx(1, rel=1e-5)
+    # Pixels across and up stay in proportion, the depth comes to the spread across (here in pixels: MSR's are 320 x 240).
+    raw = load_motion("msr-action3d").select([4])
+    before, after = raw.clip(0)[:, list(COMMON_JOINTS["msr-action3d"])], common_layout(raw).clip(0)
+    scale = after[..., :2] / before[..., :2]
+    assert scale.std() < 1e-4 * scale.mean()
+    own = after - after[:, [9, 12]].mean(1, keepdims=True)
+    assert own[..., 2].std() == pytest.approx(own[..., 0].std(), rel=1e-4)
     with pytest.raises(
         InputError, match="clips must come from bandai, hdm05, msr-action3d .*clips of your own"
     ):

@@ -240,8 +240,8 @@ def held_out_pairs(
 def common_layout(clips: MotionClips) -> MotionClips:
     """Clips of different bodies in fifteen joints that all of them have, in one unit: the length from hips to neck.
 
-    Each clip is scaled by its own median length; screen units, whose depth is another unit than the rest, are first brought to equal spread
-    along the three axes, that of the clips given. Clips that share frames get frames of their own.
+    Each clip is scaled by its own median length. The depth of screen units, which is another unit than pixels, is first brought to the spread
+    across about the hips, that of the clips given: an assumption about bodies, no calibration. Clips that share frames get frames of their own.
 
     Args:
         clips: of `bandai`, `hdm05` or `msr-action3d`.
@@ -268,8 +268,8 @@ def common_layout(clips: MotionClips) -> MotionClips:
     start = np.cumsum(clips.length) - clips.length
     hips = joints[:, [hip, other_hip]].mean(1)
     if clips.units == "screen" and len(joints):
-        spread = np.nanstd(joints - hips[:, None], axis=(0, 1))
-        joints *= np.float32(spread[1]) / spread.astype(np.float32)
+        spread = np.nanstd(joints - hips[:, None], axis=(0, 1)).clip(1e-8)
+        joints[..., 2] *= spread[0] / spread[2]
         hips = joints[:, [hip, other_hip]].mean(1)
     torso = np.linalg.norm(joints[:, neck] - hips, axis=-1)
     for name, begin, count in zip(clips.names, start, clips.length):
