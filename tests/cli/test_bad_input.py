@@ -235,7 +235,7 @@ def test_one_line_says_what_is_wrong(coloss, folder, arguments, parts):
     assert out == ""
     assert err.startswith("coloss: ") and err.count("\n") == 1, err
     for part in parts:  # A|B where releases of typer differ
-        assert any(words in err for words in part.split("|")), part
+        assert any(words in err for words in part.split("|")), (part, err)
     assert "Traceback" not in err and not (folder / "runs").exists()
 
 

@@ -74,7 +74,9 @@ def test_an_exact_prediction_trains_on_the_plain_forward_pass(exact):
     outputs = exact(IDS)
     torch.testing.assert_close(outputs.base_logits, exact.base(IDS))
     torch.testing.assert_close(outputs.auxiliary_logits, exact.base(IDS))
-    assert kv_cache_loss(outputs.predicted, outputs.target)[0].item() == 0
+    assert (
+        kv_cache_loss(outputs.predicted, outputs.target)[0].item() < 1e-14
+    )  # the order of sums is the processor's
     terms = kv_prediction_terms(outputs, IDS, z_weight=0.0)
     torch.testing.assert_close(terms["base_next_token"], next_token_loss(exact.base(IDS), IDS))
 
