@@ -1,6 +1,6 @@
 """The trial behind LaMP's claim: one generator of motion tokens, and what it is told about the sentence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from typing import Literal, TypeVar
 
@@ -70,22 +70,28 @@ ARMS: dict[str, Telling] = {
 """The arms of the claim; the last only stands beside the two that it compares."""
 
 
-@dataclass
-class Ground:
-    """What all seeds and arms stand on: clips, a tokenizer, the judge with its words, and the language model that saw no motion with its own.
+@dataclass(frozen=True)
+class Yardstick:
+    """What all seeds stand on: clips, the judge with its words, and the language model that saw no motion with its own."""
+
+    train: TextMotion
+    test: TextMotion
+    judge: TextMotionEvaluator
+    judge_words: WordVocabulary
+    generic: GenericTextEncoder
+    generic_words: WordVocabulary
+
+
+@dataclass(frozen=True)
+class Ground(Yardstick):
+    """What all arms of a seed stand on: a tokenizer, too.
 
     Attributes:
         encoded: the training clips as the tokenizer reads them.
     """
 
-    train: TextMotion
-    test: TextMotion
     tokenizer: MotionVQVAE
     encoded: IndexedDataset
-    judge: TextMotionEvaluator
-    judge_words: WordVocabulary
-    generic: GenericTextEncoder
-    generic_words: WordVocabulary
 
 
 @dataclass
@@ -120,11 +126,19 @@ class ToldSentence(nn.Module):
         return self.network(self.features[batch.targets])
 
 
-@lru_cache(maxsize=2)
 def common_ground(
-    split: MotionSplit = "compositional", steps: Steps = Steps(), limit: int | None = None
+    split: MotionSplit = "compositional", steps: Steps = Steps(), limit: int | None = None, seed: int = 0
 ) -> Ground:
-    """Clips of part 2 brought to 32 frames, a tokenizer of the training clips, a judge, and a language model.
+    """The yardstick, and a tokenizer of the training clips with this seed."""
+    shared = yardstick(split, steps, limit)
+    tokenizer, encoded = _train_tokenizer(shared.train, steps.tokenizer, seed)
+    given = {field.name: getattr(shared, field.name) for field in fields(shared)}
+    return Ground(**given, tokenizer=tokenizer, encoded=encoded)
+
+
+@lru_cache(maxsize=2)
+def yardstick(split: MotionSplit, steps: Steps, limit: int | None) -> Yardstick:
+    """Clips of part 2 brought to 32 frames, a judge, and a language model.
 
     The judge is trained on all clips with sentences of all templates, test clips included: it is the yardstick, and no arm sees it. The language
     model reads KIT's sentences and, as often, the training sentences. With a limit there are at most so many clips of each part, and five times as
@@ -142,8 +156,7 @@ def common_ground(
         words.encode([*written, *said]), len(words), dim=WIDTH, budget=Budget(steps=steps.language)
     ).cpu()
     judge, judge_words = _train_judge(clips, steps.judge)
-    tokenizer, encoded = _train_tokenizer(train, steps.tokenizer)
-    return Ground(train, test, tokenizer, encoded, judge, judge_words, generic, words)
+    return Yardstick(train, test, judge, judge_words, generic, words)
 
 
 def _train_judge(clips: TextMotion, steps: int) -> tuple[TextMotionEvaluator, WordVocabulary]:
@@ -171,13 +184,13 @@ def _train_judge(clips: TextMotion, steps: int) -> tuple[TextMotionEvaluator, Wo
     return judge, vocabulary
 
 
-def _train_tokenizer(train: TextMotion, steps: int) -> tuple[MotionVQVAE, IndexedDataset]:
+def _train_tokenizer(train: TextMotion, steps: int, seed: int) -> tuple[MotionVQVAE, IndexedDataset]:
     data, joints = train.dataset(), train.feature_groups["positions"]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = MotionVQVAE(data.inputs[0].shape[2], WIDTH, 2, codes=CODES, code_dim=32)
     method = MotionTokenizerTraining((joints.start, joints.stop))
-    model = _fitted(model, data, method, steps, 2e-3, seed=0, batch_size=32, clip_norm=None)
+    model = _fitted(model, data, method, steps, 2e-3, seed=seed, batch_size=32, clip_norm=None)
     return model, encode_motions(model, data)
 
 
@@ -264,14 +277,14 @@ def judged_sentences(ground: Ground) -> list[str]:
 
 
 def compare_conditions(setting: Setting) -> dict[str, dict[str, float]]:
-    """One seed of the claim: LaMP's pretraining with each choice of losses, and a generator for each arm, on one tokenizer.
+    """One seed of the claim: a tokenizer, LaMP's pretraining with each choice of losses, and a generator for each arm.
 
     Clips and sentences of the 20 held-out pairs of action and style are seen by the judge alone. "clips as tokens" is what the judge says of
     the test clips after the tokenizer, the best that a generator can reach; "real clips" of the clips themselves.
     """
     seed = setting.seed
     steps = Steps(2, 2, 2, 2, 2) if setting.smoke else Steps()
-    ground = common_ground("compositional", steps, 40 if setting.smoke else None)
+    ground = common_ground("compositional", steps, 40 if setting.smoke else None, seed)
     models: dict[tuple[Term, ...], LanguageMotionModel] = {}
     found = {}
     for name, how in ARMS.items():
