@@ -216,6 +216,7 @@ def test_the_recipe_trains_stores_and_goes_on(tmp_path, monkeypatch):
         if share > 0.85:
             raise Stopped
 
+    monkeypatch.setattr("coloss.train.loop.REPORT_SECONDS", -1.0)
     whole = train_token_pruning("camvid", tmp_path / "whole", **settings)
     with pytest.raises(Stopped):
         train_token_pruning("camvid", tmp_path, **settings, progress=stop)

@@ -70,6 +70,7 @@ class Killed(Exception):
 
 
 def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("coloss.train.loop.REPORT_SECONDS", -1.0)
     data = made_up_folder(tmp_path / "set")
     shares = []
     metrics = train_lamp(data, tmp_path / "whole", progress=shares.append)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+REPORT_SECONDS = 0.1
+"""Least time from one report of the progress to the next."""
+
+
 def fit(
     model: nn.Module,
     data: Any,
@@ -261,7 +265,7 @@ class _Run:
                 self.clock.pause()
                 self._save()
                 self.clock.start()
-            if self.report_progress is not None and time.perf_counter() - last_report > 0.1:
+            if self.report_progress is not None and time.perf_counter() - last_report > REPORT_SECONDS:
                 last_report = time.perf_counter()
                 self.report_progress(
                     state.progress, {name: term.item() for name, term in state.terms.items()}
