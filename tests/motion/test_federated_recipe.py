@@ -108,6 +108,7 @@ def test_what_cannot_work_is_refused(data, tmp_path):
         (data, {"settings": {"lr": 1}}, "settings must be of frames.*got 'lr'"),
         (data, {"settings": {"distilled": 4}}, r"distilled must be in \[0, 3\]"),
         (data, {"settings": {"rate": 0.0}}, "rate must be > 0"),
+        (data, {"settings": {"baseline_rate": -1.0}}, "baseline_rate must be > 0"),
         (data, {"settings": {"frames": 0}}, "frames must be >= 1, got 0"),
         (data, {"settings": {"frames": "8"}}, "frames must be a whole number, got '8'"),
         (data, {"settings": {"kernel": 4}}, "kernel must be odd, got 4"),
