@@ -233,6 +233,6 @@ def test_the_claim_runs() -> None:
     found = verify("hopfir", smoke=True, seeds=1)
     assert found["method"]["name"] == "hop attention"
     parameters = {name: arm["metrics"]["parameters"]["mean"] for name, arm in found["arms"].items()}
-    assert 0.95 < parameters["hop attention"] / parameters["one-hop graph convolution"] < 1.05
+    assert 0.9 < parameters["hop attention"] / parameters["one-hop graph convolution"] <= 1.0
     for arm in found["arms"].values():
         assert {"mpjpe", "p_mpjpe", "n_mpjpe"} <= arm["metrics"].keys()

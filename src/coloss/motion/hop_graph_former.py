@@ -14,7 +14,7 @@ convolution (Zhao et al., 2019, arXiv 1904.03345). M begins as A, so that a ring
 
 When it helps: against graph convolutions, whose joints see as many bones as there are layers, and soon in training. Measured on Bandai-Namco
 motion seen by known cameras with noise, 800 batches of 64 poses (5 seeds): two blocks have 58.8 mm mean joint distance, a one-hop convolution of
-eight layers with as many parameters and operations, which takes as long, 73.3 (difference -14.6 mm, 95% interval -18.2 to -11.0). Training rests on
+eight layers with no fewer parameters and operations, which takes as long, 73.3 (difference -14.6 mm, 95% interval -18.2 to -11.0). Training rests on
 a plateau of 92 to 102 mm, that of answering without depth, before it learns depth; hop attention leaves it sooner, at a learning rate of 0.02 in
 every run that was looked at, at 0.04 not in every one. With twice the batches the convolution had 64.3 (validation poses, one seed).
 
@@ -378,7 +378,7 @@ def _trial(setting: Setting) -> Mapping[str, Mapping[str, float]]:
 CLAIM = Claim(
     statement="Lifting noisy 2-D poses of held-out motion clips to 3-D, attention among groups of joints up to three bones apart is nearer to the "
     "truth (mean joint distance in millimetres, averaged over actions) after 800 batches of 64 (0.8 epochs, before either has converged) than a "
-    "one-hop graph convolution of as many parameters and operations, trained on the same batches.",
+    "one-hop graph convolution of no fewer parameters and operations, trained on the same batches.",
     metric="mpjpe",
     baseline="one-hop graph convolution",
     method="hop attention",
